@@ -1,0 +1,1 @@
+"""Operators of srlm-fast, one file each; installed as `srlm_fast.kernels`."""

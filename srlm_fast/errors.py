@@ -1,0 +1,8 @@
+"""The one exception that a user is meant to read."""
+
+
+class UserError(Exception):
+    """Bad input from the user: one line that says what was wrong, where, and what to do.
+
+    Scripts print the message and exit with code 2; a library caller may catch it.
+    """
