@@ -23,6 +23,11 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q [T, H, hd], k [T, H_kv, hd], v [T, H_kv, hd]) -> [T, H, hd]; q and k are already rotated."""
 
 
+def _rope_type(rope_scaling: dict[str, Any] | None) -> str:
+    scaling = rope_scaling or {}
+    return scaling.get("rope_type", scaling.get("type", "default"))
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Shape of a Llama, with the field names of a Hugging Face config.json."""
@@ -152,11 +157,6 @@ NAMED_CONFIGS["llama3.1-70b"] = replace(
     num_hidden_layers=80,
     num_attention_heads=64,
 )
-
-
-def _rope_type(rope_scaling: dict[str, Any] | None) -> str:
-    scaling = rope_scaling or {}
-    return scaling.get("rope_type", scaling.get("type", "default"))
 
 
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
