@@ -1,0 +1,131 @@
+"""Prompts with their responses -> packed variable-length batches.
+
+An item is a prompt with one response (SFT, unpaired data) or several (preference data). It is packed as
+[prompt | response 1 | ... | response n]: the prompt runs through the network once, every response's rotary positions
+start at len(prompt), and each response attends to the prompt and to itself. The last token of a response is only ever a
+target, so it is no input. A response is predicted from the prompt's last row and its own rows but the last.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srlm_fast.errors import UserError
+from srlm_fast.kernels.attention import Segments, varlen_attention
+from srlm_fast.native_ops import first_fit_decreasing
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt and its responses as token ids; a response ends with its end-of-turn token."""
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that run through the network."""
+        return len(self.prompt) + sum(len(r) - 1 for r in self.responses)
+
+
+@dataclass
+class PackedBatch:
+    """Items packed into one row of T tokens with N predicted tokens in S responses."""
+
+    input_ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T], position in prompt + response
+    segments: Segments
+    rows: Tensor  # int64 [N], token whose hidden state predicts the target
+    targets: Tensor  # int64 [N], response after response
+    lengths: Tensor  # int64 [S], target tokens of each response
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention function of this layout, as `Llama.forward` wants it."""
+        return varlen_attention(q, k, v, self.segments)
+
+
+def pack(items: Sequence[Item], device: torch.device | str = "cpu") -> PackedBatch:
+    """Lay items out one after the other. Index work is done on the CPU; nothing waits for the device.
+
+    Raises:
+        UserError: on an item without prompt or response tokens.
+    """
+    ids: list[int] = []
+    positions: list[Tensor] = []
+    starts: list[int] = []
+    lens: list[int] = []
+    spans: list[list[tuple[int, int]]] = []
+    rows: list[Tensor] = []
+    targets: list[int] = []
+    for item in items:
+        if not item.prompt or not item.responses or not all(item.responses):
+            raise UserError(f"a training item needs a prompt and responses of at least one token each, got {item}")
+        prompt_start, prompt_len = len(ids), len(item.prompt)
+        ids.extend(item.prompt)
+        positions.append(torch.arange(prompt_len))
+        starts.append(prompt_start)
+        lens.append(prompt_len)
+        spans.append([(prompt_start, prompt_len)])
+        for response in item.responses:
+            start, length = len(ids), len(response) - 1
+            if length:
+                ids.extend(response[:-1])
+                positions.append(torch.arange(prompt_len, prompt_len + length))
+                starts.append(start)
+                lens.append(length)
+                spans.append([(prompt_start, prompt_len), (start, length)])
+            rows.append(torch.tensor([prompt_start + prompt_len - 1]))
+            rows.append(torch.arange(start, start + length))
+            targets.extend(response)
+    return PackedBatch(
+        input_ids=torch.tensor(ids, device=device),
+        positions=torch.cat(positions).to(device),
+        segments=Segments(starts, lens, spans, device),
+        rows=torch.cat(rows).to(device),
+        targets=torch.tensor(targets, device=device),
+        lengths=torch.tensor([len(r) for item in items for r in item.responses], device=device),
+    )
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(n) that depends on (seed, epoch) alone."""
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def split_batch(sizes: Sequence[int], budget: int, world_size: int) -> list[list[list[int]]]:
+    """Divide the items of one optimizer step into micro-batches for every rank.
+
+    Args:
+        sizes: tokens of each item.
+        budget: tokens of one micro-batch at most.
+        world_size: number of ranks; all get the same number of micro-batches, an empty one where items are too few.
+
+    Returns:
+        [micro-batch][rank] -> item indices; the micro-batches that run at the same time have similar sizes.
+
+    Raises:
+        UserError: when an item is larger than the budget.
+    """
+    if sizes and max(sizes) > budget:
+        raise UserError(
+            f"an item of {max(sizes)} tokens does not fit tokens_per_microbatch={budget}; "
+            f"raise it to at least {max(sizes)} or shorten the data (max_seq_len)"
+        )
+    bin_of = first_fit_decreasing(torch.tensor(sizes, dtype=torch.int64), budget).tolist()
+    bins: list[list[int]] = [[] for _ in range(max(bin_of, default=-1) + 1)]
+    for item, b in enumerate(bin_of):
+        bins[b].append(item)
+    while len(bins) % world_size:
+        largest = max(bins, key=len)
+        by_size = sorted(largest, key=lambda i: (-sizes[i], i))
+        largest[:], extra = by_size[::2], by_size[1::2]
+        bins.append(extra)
+    bins.sort(key=lambda b: (-sum(sizes[i] for i in b), b))
+    return [bins[i : i + world_size] for i in range(0, len(bins), world_size)]
