@@ -6,7 +6,6 @@ Defaults are the paper's values (arXiv 2401.10020) where it gives one; "choice" 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import types
 from collections.abc import Iterator, Sequence
@@ -339,17 +338,24 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def results_keys(config: Config) -> dict[str, Any]:
-    """The keys that influence results: what must not change when a run is resumed."""
+    """The keys that influence results: what must not change when a run is resumed.
+
+    Paths are left out: the run records the content of the files instead, so a run may be moved.
+    """
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, spec, value in walk(config)
-        if not spec.metadata.get("operational")
+        if not spec.metadata["operational"] and not spec.metadata["path"]
     }
 
 
-def config_hash(config: Config) -> str:
-    """Hex digest of `results_keys`."""
-    return hashlib.sha256(json.dumps(results_keys(config), sort_keys=True).encode()).hexdigest()[:16]
+def input_paths(config: Config) -> dict[str, list[Path]]:
+    """The files and folders that the configuration names, by key; empty ones are left out."""
+    named = {}
+    for name, spec, value in walk(config):
+        if spec.metadata["path"] and value:
+            named[name] = [Path(p) for p in (value if isinstance(value, tuple) else (value,))]
+    return named
 
 
 def describe() -> str:

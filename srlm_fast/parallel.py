@@ -1,0 +1,94 @@
+"""Processes and sharding: torchrun's environment, a few collectives, and FSDP2 around a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from srlm_fast.model import Llama
+
+
+class World:
+    """This process among its peers. Without torchrun (WORLD_SIZE unset or 1) nothing is initialised."""
+
+    def __init__(self, timeout_s: float = 3600.0) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.size > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum of a list of numbers over the ranks, in fp64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The ranks' picklable values, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def claim(self, name: str) -> int:
+        """A number that no other rank gets under this name: 0, 1, 2, ... in order of asking."""
+        if self.size == 1:
+            self._claims = getattr(self, "_claims", {})
+            self._claims[name] = self._claims.get(name, -1) + 1
+            return self._claims[name]
+        return dist.distributed_c10d._get_default_store().add(f"srlm/claim/{name}", 1) - 1
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def shard(model: Llama, world: World) -> nn.Module:
+    """FSDP2: every block a unit, embedding, norm and head in the root; fp32 shards, gradients summed, not averaged.
+
+    The log-prob head runs inside the root's forward, where its weight is whole. One rank: the model as it is.
+    """
+    if world.size == 1:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in (*model.model.layers, model):
+        module.set_gradient_divide_factor(1.0)
+    return model

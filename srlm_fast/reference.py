@@ -1,0 +1,148 @@
+"""Reference log-probabilities: computed once, cached on disk under the content they belong to.
+
+A value is found by (weights id, prompt ids, response ids), so one that belongs to other weights or other tokens cannot
+be read by mistake.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from srlm_fast.errors import UserError
+from srlm_fast.losses import sequence_sums
+from srlm_fast.packing import Item, PackedBatch, pack
+
+_KEY_BYTES = 16
+
+
+def sequence_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """Summed log-probability of every response of a batch, fp32 [S]."""
+    logps = model(batch.input_ids, batch.positions, batch.attend, rows=batch.rows, targets=batch.targets)
+    return sequence_sums(logps, batch.lengths)
+
+
+def response_keys(weights_id: str, item: Item) -> list[bytes]:
+    """The cache key of each response of an item."""
+    prompt = array("q", item.prompt).tobytes()
+    keys = []
+    for response in item.responses:
+        key = hashlib.blake2b(weights_id.encode(), digest_size=_KEY_BYTES)
+        key.update(len(item.prompt).to_bytes(8, "little") + prompt + array("q", response).tobytes())
+        keys.append(key.digest())
+    return keys
+
+
+class ReferenceCache:
+    """Summed log-probabilities of responses under one set of weights."""
+
+    def __init__(self, weights_id: str, values: dict[bytes, float] | None = None) -> None:
+        self.weights_id = weights_id
+        self._values = values or {}
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def lookup(self, items: Sequence[Item]) -> Tensor:
+        """fp32 [S], response after response.
+
+        Raises:
+            UserError: listing the positions of the items that are not in the cache.
+        """
+        found, missing = [], []
+        for position, item in enumerate(items):
+            values = [self._values.get(key) for key in response_keys(self.weights_id, item)]
+            if None in values:
+                missing.append(position)
+            else:
+                found.extend(values)
+        if missing:
+            shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            raise UserError(
+                f"the reference cache of weights {self.weights_id[:12]} lacks {len(missing)} of {len(items)} items "
+                f"(positions {shown}); compute it for this data and these weights"
+            )
+        return torch.tensor(found, dtype=torch.float32)
+
+    def missing(self, items: Sequence[Item]) -> list[int]:
+        """Positions of items of which a response is not cached."""
+        return [
+            position
+            for position, item in enumerate(items)
+            if any(key not in self._values for key in response_keys(self.weights_id, item))
+        ]
+
+    def update(self, pairs: Iterable[tuple[bytes, float]]) -> None:
+        """Add computed values."""
+        self._values.update(pairs)
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors (keys uint8 [n, 16], logps fp32 [n]), atomically."""
+        from safetensors.torch import save
+
+        from srlm_fast.rundir import atomic_file
+
+        ordered = sorted(self._values)
+        keys = torch.frombuffer(bytearray(b"".join(ordered)), dtype=torch.uint8) if ordered else torch.zeros(0, dtype=torch.uint8)
+        logps = torch.tensor([self._values[k] for k in ordered], dtype=torch.float32)
+        metadata = {"format": "srlm-reference", "version": "1", "weights_id": self.weights_id}
+        with atomic_file(path, "wb") as file:
+            file.write(save({"keys": keys.view(-1, _KEY_BYTES), "logps": logps}, metadata=metadata))
+
+    @classmethod
+    def read(cls, path: Path) -> ReferenceCache:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: for a missing, truncated or foreign file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != "srlm-reference" or metadata.get("version") != "1":
+                    raise UserError(f"{path} is no reference cache of version 1; delete it and compute it again")
+                keys, logps = file.get_tensor("keys"), file.get_tensor("logps")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read the reference cache {path}: {error}; delete it and compute it again") from None
+        raw = keys.numpy().tobytes()
+        split = [raw[i : i + _KEY_BYTES] for i in range(0, len(raw), _KEY_BYTES)]
+        return cls(metadata["weights_id"], dict(zip(split, logps.tolist(), strict=True)))
+
+
+@torch.no_grad()
+def compute(
+    model: nn.Module,
+    items: Sequence[Item],
+    weights_id: str,
+    micro_batches: Iterable[Sequence[int]],
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda n_items: None,
+) -> list[tuple[bytes, float]]:
+    """(key, summed log-probability) of the responses of the items in `micro_batches`, dropout off.
+
+    An empty micro-batch still runs the model (other ranks may be in its collectives) and yields nothing.
+    """
+    was_training = model.training
+    model.eval()
+    results: list[tuple[bytes, float]] = []
+    for indices in micro_batches:
+        chosen = [items[i] for i in indices]
+        sums = sequence_logps(model, pack(chosen or [PLACEHOLDER], device)).tolist()
+        if chosen:
+            keys = [key for item in chosen for key in response_keys(weights_id, item)]
+            results.extend(zip(keys, sums, strict=True))
+        progress(len(chosen))
+    model.train(was_training)
+    return results
+
+
+PLACEHOLDER = Item(prompt=(0,), responses=((0,), (0,)))
+"""What a rank runs, with weight zero, when there are fewer items than ranks."""

@@ -1,0 +1,185 @@
+"""The folder of a run: atomic files, phases that are done or not, metrics.
+
+    run_dir/
+      run.json          format version, result-relevant keys, digests of the inputs
+      config.yaml       the whole configuration
+      phases/NAME.json  written last, when a phase is done: counts, seconds, its output files with size and digest
+      metrics.jsonl     one JSON object per training step and per phase
+
+A phase is a function from files to files. Every file is written under a temporary name, synced and renamed, so a
+reader never sees half of one; a phase without its phases/NAME.json is done again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from srlm_fast.errors import UserError
+
+FORMAT_VERSION = 1
+_DIGEST_LIMIT = 64 << 20
+"""Files above this size (weights) are checked by size only when a run is resumed."""
+
+
+@contextmanager
+def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file that becomes `path` when the block ends without an exception.
+
+    Raises:
+        UserError: when the folder cannot be written or the disk is full; `path` is then what it was before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or fix permissions, then start again") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One JSON document, atomically."""
+    with atomic_file(path) as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """One JSON value per line, atomically."""
+    with atomic_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The rows of a .jsonl or .jsonl.gz file.
+
+    Raises:
+        UserError: naming the file and line that is missing, unreadable or not JSON.
+    """
+    rows = []
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        rows.append(json.loads(line))
+                    except json.JSONDecodeError as error:
+                        raise UserError(f"{path}:{number}: not JSON ({error.msg}); is the file truncated?") from None
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return rows
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files below a folder."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    combined = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        combined.update(f"{file.relative_to(path)}\0{digest(file)}\n".encode())
+    return combined.hexdigest()
+
+
+class RunDir:
+    """A run on disk. Only rank 0 writes run.json, phases/ and metrics.jsonl; every rank may read."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def open(self, keys: dict[str, Any], inputs: dict[str, str]) -> None:
+        """Create the run, or check that an existing one was made with the same keys and inputs.
+
+        Args:
+            keys: result-relevant configuration keys.
+            inputs: digest of the content behind each input path.
+
+        Raises:
+            UserError: naming the keys that differ, or when the folder cannot be written.
+        """
+        record = {"format_version": FORMAT_VERSION, "keys": keys, "inputs": inputs}
+        manifest = self / "run.json"
+        if not manifest.exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise UserError(f"{self.path} is not empty and holds no run.json; choose another run_dir")
+            write_json(manifest, record)
+            return
+        old = self._read(manifest)
+        if old.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{manifest}: format version {old.get('format_version')}, this program writes {FORMAT_VERSION}; "
+                "choose another run_dir"
+            )
+        for part in ("keys", "inputs"):
+            names = sorted(record[part].keys() | old[part].keys())
+            changed = [n for n in names if old[part].get(n) != record[part].get(n)]
+            if changed:
+                what = "; ".join(f"{n}: was {old[part].get(n)!r}, now {record[part].get(n)!r}" for n in changed[:3])
+                raise UserError(f"{self.path} was started with other {part} ({what}); restore them or choose another run_dir")
+
+    def phase(self, name: str) -> dict[str, Any] | None:
+        """What was recorded when the phase was done; None if it is not done or its files are gone or changed."""
+        record_path = self / f"phases/{name}.json"
+        if not record_path.exists():
+            return None
+        record = self._read(record_path)
+        for relative, expected in record["outputs"].items():
+            file = self / relative
+            if not file.is_file() or file.stat().st_size != expected["bytes"]:
+                return None
+            if expected["sha256"] is not None and digest(file) != expected["sha256"]:
+                return None
+        return record
+
+    def finish(self, name: str, outputs: Iterable[Path], seconds: float, counts: dict[str, Any]) -> None:
+        """Record a phase as done. `outputs` are files or folders below the run folder, complete on disk."""
+        files: dict[str, Any] = {}
+        for output in outputs:
+            for file in [output] if output.is_file() else sorted(p for p in output.rglob("*") if p.is_file()):
+                size = file.stat().st_size
+                sha = digest(file) if size <= _DIGEST_LIMIT else None
+                files[str(file.relative_to(self.path))] = {"bytes": size, "sha256": sha}
+        record = {"phase": name, "seconds": round(seconds, 3), "finished": time.time(), "counts": counts, "outputs": files}
+        write_json(self / f"phases/{name}.json", record)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}; delete it to redo that part of the run") from None
