@@ -1,0 +1,49 @@
+# make demo    the whole self-rewarding loop on a tiny Llama, on the CPU, in a few minutes
+# make test    lint, the C++ tests and every Python test that needs no GPU
+# make bench   tokens per second of the generation engine
+# make build   the native operators again, after a change in csrc/
+#
+# Each sets up what it needs. PYTHON=python3.12 picks another interpreter (3.11 or newer), VENV=<folder> another place,
+# TORCH="torch==2.11.0 --index-url <url>" another torch.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch>=2.10,torch==2.13.0)
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.srlm-fast-installed
+NATIVE := $(if $(filter Darwin,$(shell uname)),srlm_fast/libsrlm.dylib,srlm_fast/libsrlm.so)
+
+.PHONY: demo test lint bench build clean
+
+demo: build
+	$(BIN)/torchrun --nproc-per-node 1 scripts/iterate.py --config configs/tiny.yaml
+
+test: lint
+	if [ -d build/native ]; then ctest --test-dir build/native --output-on-failure; fi
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: build
+	$(BIN)/ruff check .
+
+bench: build
+	$(BIN)/python bench/generate.py
+
+build: $(NATIVE)
+
+# Without CMake or a compiler this makes no file and the plain-Python operators are used; setup.py says so.
+$(NATIVE): CMakeLists.txt $(wildcard csrc/*) | $(INSTALLED)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+$(INSTALLED): pyproject.toml setup.py requirements/constraints.txt | $(BIN)/python
+	$(PIP) install $(TORCH) setuptools -c requirements/constraints.txt
+	$(PIP) install --no-build-isolation -e ".[test]" -c requirements/constraints.txt
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf build srlm_fast/libsrlm.so srlm_fast/libsrlm.dylib *.egg-info $(INSTALLED)
