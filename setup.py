@@ -41,6 +41,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         reason = self.compile(Path(self.get_ext_fullpath(ext.name)).resolve())
         if reason:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # rather none than one of older sources
             print(f"srlm-fast: native operators not built ({reason}); the plain-Python ones will be used", flush=True)
 
     def compile(self, target: Path) -> str | None:
@@ -58,6 +59,7 @@ class CMakeBuild(build_ext):
             done = subprocess.run(step, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode:
                 print(done.stdout, flush=True)
+                shutil.rmtree(build, ignore_errors=True)  # a failed configuration would be remembered
                 return f"`{' '.join(map(str, step[:2]))}` failed, see above"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(build / LIBRARY, target)
