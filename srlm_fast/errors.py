@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Scripts print the message and exit with code 2; a library caller may catch it.
     """
+
+
+class Interrupted(Exception):
+    """The program was asked to stop (SIGTERM, SIGINT) and did so after saving what was done."""

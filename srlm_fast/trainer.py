@@ -9,7 +9,6 @@ dropout) derives from (seed, step, micro-batch, rank), so a resumed run equals a
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import time
@@ -21,22 +20,13 @@ import torch
 from torch import nn
 
 from srlm_fast.config import TrainConfig
-from srlm_fast.errors import UserError
+from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.losses import LogProbs, get_loss, preference_metrics
 from srlm_fast.packing import Item, epoch_order, pack, split_batch
 from srlm_fast.parallel import World
 from srlm_fast.reference import PLACEHOLDER, ReferenceCache, sequence_logps
 from srlm_fast.rundir import sync_folder
-
-
-class Interrupted(Exception):
-    """Training was asked to stop; the state is in the checkpoint folder."""
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on the text of all parts."""
-    text = "/".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+from srlm_fast.seeds import derive_seed
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

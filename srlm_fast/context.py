@@ -1,0 +1,142 @@
+"""What every phase of a run shares: configuration, ranks, run folder, tokenizer, engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from srlm_fast import checkpoint
+from srlm_fast.chat import chat_format
+from srlm_fast.config import Config, input_paths
+from srlm_fast.data import Example, RankedPrompt, read_rows
+from srlm_fast.engine import load_engine
+from srlm_fast.engine.base import Engine
+from srlm_fast.errors import Interrupted, UserError
+from srlm_fast.model import LlamaConfig
+from srlm_fast.parallel import World
+from srlm_fast.progress import progress
+from srlm_fast.rollout import Judge
+from srlm_fast.rundir import RunDir, write_jsonl
+from srlm_fast.tokenizer import check_vocab, load_tokenizer
+
+
+class Context:
+    """A run in memory, the same on every rank.
+
+    Raises:
+        UserError: when an input is missing, unreadable or does not fit the others, before any work starts.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.run_dir = RunDir(config.run_dir)
+        self.stopping = False
+        for name, paths in input_paths(config).items():
+            for path in paths:
+                if not path.exists():
+                    raise UserError(f"{name}: {path} does not exist")
+        if not config.model.path:
+            raise UserError("model.path is empty: name the folder of M0")
+        if not config.oasst.paths:
+            raise UserError("oasst.paths is empty: name at least one OASST1 file")
+        self.llama: LlamaConfig = checkpoint.read_config(Path(config.model.path))
+        if config.model.max_seq_len > self.llama.max_position_embeddings:
+            raise UserError(
+                f"model.max_seq_len={config.model.max_seq_len} is above the model's max_position_embeddings="
+                f"{self.llama.max_position_embeddings}; lower it"
+            )
+        self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        check_vocab(self.tokenizer, self.llama.vocab_size)
+        self.chat = chat_format(config.model.chat_format, self.tokenizer)
+        self.judge = Judge(self.chat, config.judge, config.model.max_seq_len)
+        self._engine: Engine | None = None
+        self._engine_weights: Path | None = None
+
+    def main(self, function: Callable[[], Any]) -> Any:
+        """Run on rank 0 and give every rank its result, or the same UserError."""
+        result, error = None, None
+        if self.world.is_main:
+            try:
+                result = function()
+            except UserError as caught:
+                error = str(caught)
+        result, error = self.world.broadcast((result, error))
+        if error is not None:
+            raise UserError(error)
+        return result
+
+    def check_stop(self) -> None:
+        """Raise `Interrupted` after SIGTERM or SIGINT."""
+        if self.stopping:
+            raise Interrupted("stopped; the same command goes on from here")
+
+    def weights(self, name: str) -> Path:
+        """Folder of a model: base (M0), sft, m1, m2, ..."""
+        if name == "base" and not self.config.model.random_init:
+            return Path(self.config.model.path)
+        return self.run_dir / f"models/{name}"
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Rows of a jsonl file of the run."""
+        return [row for _, row in read_rows(self.run_dir / name)]
+
+    def examples(self, name: str) -> list[Example]:
+        """Prompts with responses, from a jsonl file of the run."""
+        return [Example(**row) for row in self.rows(name)]
+
+    def ranked(self, name: str) -> list[RankedPrompt]:
+        """Prompts with ranked replies, from a jsonl file of the run."""
+        return [RankedPrompt(**{**row, "replies": [tuple(reply) for reply in row["replies"]]}) for row in self.rows(name)]
+
+    def engine(self, weights: Path) -> Engine:
+        """The one engine of this process, with these weights loaded."""
+        if self._engine is None:
+            options = self.config.engine
+            self._engine = load_engine(options.name, max_batch=options.max_batch, device=self.world.device)
+        if self._engine_weights != weights:
+            self._engine.load(weights)
+            self._engine_weights = weights
+        return self._engine
+
+    def sleep_engine(self) -> None:
+        """Free the engine's memory before training."""
+        if self._engine is not None:
+            self._engine.sleep()
+            self._engine_weights = None
+
+    def shards(
+        self,
+        name: str,
+        folder: Path,
+        rows: Sequence[Any],
+        work: Callable[[Sequence[Any], Callable[[int], None]], list[dict[str, Any]]],
+    ) -> list[Path]:
+        """Turn rows into files shard by shard; ranks claim the shards that have no file yet.
+
+        A shard is worked on alone, so its content depends neither on the rank nor on the shards before it.
+
+        Args:
+            name: the phase, for claims and progress.
+            folder: where shard-NNNNN.jsonl are written.
+            rows: what to work on.
+            work: work(rows of a shard, on_done) -> rows to write; calls on_done(1) as each row is finished.
+
+        Returns:
+            All files, in order, when all ranks are done.
+        """
+        size = self.config.candidates.shard_size
+        files = [folder / f"shard-{i:05d}.jsonl" for i in range((len(rows) + size - 1) // size)]
+        todo = self.main(lambda: [i for i, file in enumerate(files) if not file.exists()])
+        total = sum(len(rows[i * size : (i + 1) * size]) for i in todo)
+        with progress(name, total, unit="rows", enabled=self.world.is_main) as advance:
+
+            def on_done(n: int) -> None:
+                self.check_stop()
+                advance(n)
+
+            while (claimed := self.world.claim(name)) < len(todo):
+                i = todo[claimed]
+                write_jsonl(files[i], work(rows[i * size : (i + 1) * size], on_done))
+        self.world.barrier()
+        return files

@@ -1,0 +1,10 @@
+"""The phases of a run: functions from files of the run folder to files of the run folder.
+
+Each takes the run's `Context` and returns (output files or folders, counts for the record). `srlm_fast.iterate` knows
+their order; nothing here does.
+"""
+
+from pathlib import Path
+from typing import Any
+
+PhaseResult = tuple[list[Path], dict[str, Any]]

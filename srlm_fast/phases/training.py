@@ -1,0 +1,107 @@
+"""Training phases: SFT from M0, reference log-probs, DPO from M_t."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from srlm_fast import checkpoint
+from srlm_fast.config import TrainConfig
+from srlm_fast.context import Context
+from srlm_fast.packing import Item, split_batch
+from srlm_fast.parallel import shard
+from srlm_fast.phases import PhaseResult
+from srlm_fast.phases.data import sft_items
+from srlm_fast.model import Llama
+from srlm_fast.progress import progress
+from srlm_fast.reference import ReferenceCache, compute
+from srlm_fast.seeds import derive_seed
+from srlm_fast.trainer import Trainer
+
+
+def sft(run: Context, name: str, sources: Sequence[str]) -> PhaseResult:
+    """SFT of M0 on the examples of the run's jsonl files; writes models/NAME."""
+    examples = [example for source in sources for example in run.examples(source)]
+    items = sft_items(run, examples)
+    outputs, counts = _train(run, name, run.weights("base"), run.config.sft, items)
+    return outputs, {**counts, "too_long": len(examples) - len(items)}
+
+
+def dpo(run: Context, t: int) -> PhaseResult:
+    """DPO from M_t on the pairs that it made and judged; writes models/m(t+1)."""
+    cache = ReferenceCache.read(run.run_dir / f"m{t}/reference.safetensors")
+    return _train(run, f"m{t + 1}", run.weights(f"m{t}"), run.config.dpo, _pair_items(run, t), cache)
+
+
+def reference(run: Context, t: int) -> PhaseResult:
+    """Log-probs of M_t's pairs under M_t, dropout off; writes mT/reference.safetensors."""
+    run.sleep_engine()
+    items = _pair_items(run, t)
+    weights_id = run.main(lambda: checkpoint.weights_id(run.weights(f"m{t}")))
+    model = _load(run, run.weights(f"m{t}"), dropout=0.0)
+    plan = split_batch([item.n_tokens for item in items], run.config.dpo.tokens_per_microbatch, run.world.size)
+    mine = [per_rank[run.world.rank] for per_rank in plan]
+    with progress(f"m{t}/reference", sum(map(len, mine)), unit="pairs", enabled=run.world.is_main) as advance:
+        values = compute(model, items, weights_id, mine, device=run.world.device, progress=advance)
+    cache = ReferenceCache(weights_id)
+    for part in run.world.gather(values):
+        cache.update(part)
+    path = run.run_dir / f"m{t}/reference.safetensors"
+    run.main(lambda: cache.save(path))
+    return [path], {"responses": len(cache), "weights_id": weights_id[:16]}
+
+
+def _pair_items(run: Context, t: int) -> list[Item]:
+    """The pairs of M_t, with the token ids that were generated."""
+    return [
+        Item(tuple(row["prompt_ids"]), (tuple(row["chosen_ids"]), tuple(row["rejected_ids"])))
+        for row in run.rows(f"m{t}/pairs.jsonl")
+    ]
+
+
+def _load(run: Context, weights: Path, dropout: float) -> nn.Module:
+    model = shard(Llama(run.llama, dropout=dropout).to(run.world.device), run.world)
+    checkpoint.load_weights(model, weights)
+    return model
+
+
+def _train(
+    run: Context, name: str, init: Path, config: TrainConfig, items: list[Item], reference: ReferenceCache | None = None
+) -> PhaseResult:
+    run.sleep_engine()
+    model = _load(run, init, run.config.model.dropout)
+    folder = run.run_dir / f"checkpoints/{name}"
+    run.main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    losses: list[float] = []
+    phase = f"{name}/train"
+
+    def on_step(metrics: dict[str, float]) -> None:
+        losses.append(metrics["loss"])
+        if run.world.is_main:
+            run.run_dir.log({"phase": phase, **metrics})
+        advance(1, f"loss {metrics['loss']:.4f}")
+
+    trainer = Trainer(
+        model,
+        items,
+        config,
+        reference=reference,
+        world=run.world,
+        seed=derive_seed(run.config.seed, phase),
+        checkpoint_dir=folder,
+        on_step=on_step,
+        should_stop=lambda: run.stopping,
+    )
+    with progress(phase, trainer.total_steps, unit="steps", enabled=run.world.is_main) as advance:
+        trainer.fit()
+    checkpoint.save_weights(model, run.weights(name), dtype=torch.float32, extra_files=run.tokenizer.files)
+    counts = {"items": len(items), "steps": trainer.total_steps, "last_loss": losses[-1]}
+    del model, trainer
+    gc.collect()
+    run.main(lambda: shutil.rmtree(folder, ignore_errors=True))
+    return [run.weights(name)], counts
