@@ -188,7 +188,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; normalised in fp32, cast, then scaled (the order of Hugging Face's Llama)."""
+    """x / rms(x) * weight; normalised in fp32 or wider, cast, then scaled (the order of Hugging Face's Llama)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -196,8 +196,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return self.weight * F.rms_norm(x32, x32.shape[-1:], eps=self.eps).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
