@@ -1,0 +1,96 @@
+"""The run folder: atomic files, verified phases, refusals."""
+
+import json
+import os
+
+import pytest
+
+from srlm_fast.errors import UserError
+from srlm_fast.rundir import RunDir, atomic_file, fingerprint, write_json, write_jsonl
+
+
+def test_atomic_file_keeps_the_old_content_on_failure(tmp_path):
+    path = tmp_path / "a/b.json"
+    write_json(path, {"x": 1})
+    with pytest.raises(RuntimeError), atomic_file(path) as file:
+        file.write("half of")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"x": 1}
+    assert os.listdir(path.parent) == ["b.json"]
+
+
+def test_full_disk_is_one_clear_message():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs Linux's /dev/full")
+    with pytest.raises(UserError, match="cannot write .*full.*No space left"):
+        with atomic_file_on("/dev/full") as file:
+            file.write("x" * 100000)
+
+
+def atomic_file_on(device):
+    """atomic_file whose temporary file is a device that is always full."""
+    import pathlib
+
+    class Full(type(pathlib.Path())):
+        def with_name(self, name):
+            return Full(device) if name.endswith(".tmp") else super().with_name(name)
+
+        def unlink(self, missing_ok=False):
+            pass
+
+    return atomic_file(Full(device + "-target"))
+
+
+def test_phase_is_done_only_while_its_files_are_intact(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.open({"seed": 1}, {})
+    out = run / "m1/pairs.jsonl"
+    write_jsonl(out, [{"a": 1}, {"a": 2}])
+    assert run.phase("m1/pairs") is None
+    run.finish("m1/pairs", [out], 1.5, {"pairs": 2})
+    record = run.phase("m1/pairs")
+    assert record["counts"] == {"pairs": 2} and record["outputs"]["m1/pairs.jsonl"]["bytes"] == out.stat().st_size
+    changed = out.read_text().replace("2", "3")
+    out.write_text(changed)
+    assert run.phase("m1/pairs") is None
+    out.unlink()
+    assert run.phase("m1/pairs") is None
+
+
+def test_reopening_with_other_keys_or_inputs_names_them(tmp_path):
+    run = RunDir(tmp_path)
+    run.open({"seed": 1, "dpo.lr": 0.1}, {"model.path": "abc"})
+    run.open({"seed": 1, "dpo.lr": 0.1}, {"model.path": "abc"})
+    with pytest.raises(UserError, match=r"other keys \(dpo.lr: was 0.1, now 0.2\)"):
+        run.open({"seed": 1, "dpo.lr": 0.2}, {"model.path": "abc"})
+    with pytest.raises(UserError, match=r"other inputs \(model.path"):
+        run.open({"seed": 1, "dpo.lr": 0.1}, {"model.path": "abd"})
+
+
+def test_foreign_folders_and_broken_or_newer_records_are_refused(tmp_path):
+    (tmp_path / "thesis.doc").write_text("mine")
+    with pytest.raises(UserError, match="not empty and holds no run.json"):
+        RunDir(tmp_path).open({}, {})
+    (tmp_path / "run.json").write_text('{"format_')
+    with pytest.raises(UserError, match="cannot read .*run.json"):
+        RunDir(tmp_path).open({}, {})
+    (tmp_path / "run.json").write_text('{"format_version": 99}')
+    with pytest.raises(UserError, match="format version 99"):
+        RunDir(tmp_path).open({}, {})
+
+
+def test_fingerprint_is_of_content(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "w").write_bytes(b"123")
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    (tmp_path / "b/w").write_bytes(b"124")
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
+    big = tmp_path / "big"
+    with open(big, "wb") as file:
+        file.truncate(65 << 20)
+    before = fingerprint(big)
+    with open(big, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert fingerprint(big) != before
