@@ -1,0 +1,127 @@
+"""The small world: the truth, reading it back, and the texts made from it."""
+
+import itertools
+import random
+import re
+
+import pytest
+
+from srlm_fast.world import (
+    CATEGORIES,
+    CLOSINGS,
+    PHRASINGS,
+    Instruction,
+    Writer,
+    demands_met,
+    judge_text,
+    parse_instruction,
+    sample_instruction,
+    sibling,
+    true_score,
+    write_answer,
+)
+
+OWLS = Instruction("birds", 4, "owl", descending=False, closing="bye")
+
+
+def test_words_are_told_apart():
+    words = [word for members in CATEGORIES.values() for word in members]
+    everything = words + list(CATEGORIES) + list(CLOSINGS)
+    assert len(set(everything)) == len(everything)
+    assert all(list(members) == sorted(members) for members in CATEGORIES.values())
+    assert all(sibling(sibling(name)) == name != sibling(name) for name in CATEGORIES)
+
+
+@pytest.mark.parametrize("phrasing", range(len(PHRASINGS)))
+def test_every_phrasing_reads_back(phrasing):
+    rng = random.Random(phrasing)
+    for _ in range(200):
+        drawn = sample_instruction(rng)
+        instruction = Instruction(
+            drawn.category, drawn.count, drawn.word, drawn.descending, drawn.closing, phrasing
+        )
+        assert parse_instruction(instruction.text) == instruction
+
+
+def test_reads_wordings_it_never_saw():
+    text = "Please could you, from A to Z, write owl and other birds? It must be 4 of them, with bye as the goodbye."
+    assert parse_instruction(text) == OWLS
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "List 4 birds from a to z. Include owl.",
+        "List 4 birds from a to z. Include owl and dove. End with bye.",
+        "List 4 birds and 3 more from a to z. Include owl. End with bye.",
+        "List 9 birds from a to z. Include owl. End with bye.",
+        "List 4 birds from a to z, or z to a. Include owl. End with bye.",
+        "List 4 cities from a to z. Include owl. End with bye.",
+    ],
+)
+def test_rejects_what_is_not_of_the_world(text):
+    assert parse_instruction(text) is None
+    assert true_score(text, "dove, eagle, owl, swan. bye") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "met"),
+    [
+        ("dove, eagle, owl, swan. bye", (1, 1, 1, 1, 1)),
+        ("Dove, eagle, owl, swan, bye", (1, 1, 1, 1, 1)),
+        ("swan, owl, eagle, dove. bye", (1, 1, 1, 0, 1)),
+        ("dove, eagle, owl, trout. bye", (0, 1, 1, 1, 1)),
+        ("dove, owl, owl, swan. bye", (0, 1, 1, 1, 1)),
+        ("dove, eagle, owl. bye", (1, 0, 1, 1, 1)),
+        ("dove, eagle, robin, swan. bye", (1, 1, 0, 1, 1)),
+        ("dove, eagle, owl, swan. cheers", (1, 1, 1, 1, 0)),
+        ("dove, eagle, owl, swan.", (1, 1, 1, 1, 0)),
+        ("dove, eagle, owl, swan. bye bye", (0, 0, 1, 0, 0)),
+        ("bye", (0, 0, 0, 0, 1)),
+        ("owl. bye", (1, 0, 1, 0, 1)),
+        ("", (0, 0, 0, 0, 0)),
+    ],
+)
+def test_truth_of_known_answers(answer, met):
+    assert demands_met(OWLS, answer) == tuple(map(bool, met))
+    assert true_score(OWLS.text, answer) == sum(met)
+
+
+def test_writer_meets_exactly_what_it_is_told_to():
+    rng = random.Random(0)
+    for met in itertools.product((False, True), repeat=5):
+        for _ in range(20):
+            instruction = sample_instruction(rng)
+            assert demands_met(instruction, write_answer(instruction, met, rng)) == met
+
+
+def test_skill_is_the_rate_of_met_demands():
+    rng = random.Random(0)
+    skill = (0.1, 0.3, 0.5, 0.7, 0.9)
+    rates = [0.0] * 5
+    for _ in range(4000):
+        instruction = sample_instruction(rng)
+        for i, met in enumerate(demands_met(instruction, Writer(skill).write(instruction, rng))):
+            rates[i] += met / 4000
+    assert rates == pytest.approx(skill, abs=0.03)
+
+
+def test_judge_text_states_the_truth():
+    text = judge_text(OWLS, "trout, owl, eagle. bye")
+    assert text == (
+        "All birds: no. 3 of 4: no. Has owl: yes. Goes a to z: no. Ends with bye: yes.\nScore: 2"
+    )
+
+
+def test_judge_errs_at_the_rate_asked_for_and_sums_its_own_verdicts():
+    rng = random.Random(0)
+    wrong = 0
+    for _ in range(2000):
+        instruction = sample_instruction(rng)
+        answer = Writer.sample(rng).write(instruction, rng)
+        text = judge_text(instruction, answer, rng, error=0.1)
+        verdicts = [verdict == "yes" for verdict in re.findall(r": (yes|no)\.", text)]
+        assert text.endswith(f"Score: {sum(verdicts)}")
+        wrong += sum(v != m for v, m in zip(verdicts, demands_met(instruction, answer), strict=True))
+    assert wrong / 10000 == pytest.approx(0.1, abs=0.015)
