@@ -91,4 +91,5 @@ def shard(model: Llama, world: World) -> nn.Module:
     fully_shard(model, mesh=mesh)
     for module in (*model.model.layers, model):
         module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     return model

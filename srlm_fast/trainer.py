@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import Interrupted, UserError
@@ -49,6 +52,14 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     ]
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+
+
+def _cause(error: BaseException) -> str:
+    """One line about the first rank's failure behind a DCP exception."""
+    failures = getattr(error, "failures", None) or {0: error}
+    first = next(iter(failures.values()))
+    first = first[0] if isinstance(first, tuple) else first
+    return f"{type(first).__name__} {first}".strip()
 
 
 class Trainer:
@@ -192,23 +203,19 @@ class Trainer:
             totals[name] = totals.get(name, 0) + value
 
     def _state(self) -> dict[str, Any]:
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
         return {"model": model_state, "optimizer": optimizer_state}
 
     def _save(self, step: int) -> None:
         """Write checkpoint_dir/step-N under a temporary name, rename, drop the older ones."""
-        import torch.distributed.checkpoint as dcp
-
         temporary = self.checkpoint_dir / ".saving"
         if self.world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         self.world.barrier()
         try:
             dcp.save(self._state(), checkpoint_id=temporary, no_dist=self.world.size == 1)
-        except OSError as error:
-            raise UserError(f"cannot write a training checkpoint below {self.checkpoint_dir}: {error}") from error
+        except (OSError, CheckpointException) as error:
+            raise UserError(f"cannot write a training checkpoint below {self.checkpoint_dir}: {_cause(error)}") from error
         self.world.barrier()
         if self.world.is_main:
             older = self._checkpoints()
@@ -227,13 +234,10 @@ class Trainer:
         newest = self.world.broadcast(found[-1] if found else None)
         if newest is None:
             return 0
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import set_state_dict
-
         state = self._state()
         try:
             dcp.load(state, checkpoint_id=newest, no_dist=self.world.size == 1)
-        except Exception as error:
-            raise UserError(f"cannot resume from {newest}: {error}; delete that folder to train from the start") from error
+        except (Exception, CheckpointException) as error:
+            raise UserError(f"cannot resume from {newest}: {_cause(error)}; delete that folder to train from the start") from error
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         return int(newest.name.partition("-")[2])
