@@ -62,7 +62,9 @@ class CMakeBuild(build_ext):
                 shutil.rmtree(build, ignore_errors=True)  # a failed configuration would be remembered
                 return f"`{' '.join(map(str, step[:2]))}` failed, see above"
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(build / LIBRARY, target)
+        fresh = target.with_suffix(".new")
+        shutil.copyfile(build / LIBRARY, fresh)
+        fresh.replace(target)  # a process that has the old file loaded keeps it
         return None
 
 

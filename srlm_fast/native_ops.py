@@ -11,6 +11,9 @@ from torch import Tensor
 
 from srlm_fast.errors import UserError
 
+OPERATORS = ("decode_attention", "first_fit_decreasing")
+"""What the shared object must hold, as torch.ops.srlm.<name>."""
+
 
 @functools.cache
 def native_available() -> bool:
@@ -20,7 +23,9 @@ def native_available() -> bool:
     if found:
         try:
             torch.ops.load_library(str(found[0]))
-            return True
+            if all(hasattr(torch.ops.srlm, name) for name in OPERATORS):
+                return True
+            reason = f"{found[0].name} is of older sources"
         except OSError as error:
             reason = f"{found[0].name} does not load into torch {torch.__version__}: {error}"
     else:
@@ -54,6 +59,36 @@ def first_fit_decreasing(lengths: Tensor, budget: int) -> Tensor:
     if native_available():
         return torch.ops.srlm.first_fit_decreasing(lengths, budget)
     return torch.tensor(_first_fit_decreasing(lengths.tolist(), budget), dtype=torch.int64)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+    """Attention of one new token per row over a cache, which the token's key and value join first.
+
+    A row reads its own positions 0..positions[row] only, in an order that does not depend on the other rows.
+
+    Args:
+        q: [n, H, head_dim]; k, v: [n, H_kv, head_dim] with H a multiple of H_kv.
+        k_cache, v_cache: [n, H_kv, L, head_dim] (strided views will do), written at `positions`.
+        positions: int64 [n], below L.
+
+    Returns:
+        softmax(q K^T / sqrt(head_dim)) V, [n, H, head_dim]. The C++ version is for fp32 on the CPU; elsewhere torch
+        computes it over the whole of L, masked.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.float32 and q.shape[2] % 16 == 0 and native_available():
+        return torch.ops.srlm.decode_attention(q, k, v, k_cache, v_cache, positions)
+    return _decode_attention(q, k, v, k_cache, v_cache, positions)
+
+
+def _decode_attention(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+    n, n_kv_heads, length, head_dim = k_cache.shape
+    rows = torch.arange(n, device=q.device)
+    k_cache[rows, :, positions], v_cache[rows, :, positions] = k, v
+    # The queries that share a key head are rows of one product, so keys need not be repeated.
+    scores = q.view(n, n_kv_heads, -1, head_dim) @ k_cache.transpose(2, 3) * head_dim**-0.5
+    unseen = torch.arange(length, device=q.device) > positions[:, None]
+    scores = scores.masked_fill_(unseen[:, None, None, :], -torch.inf)
+    return (scores.softmax(-1) @ v_cache).reshape(q.shape)
 
 
 def _first_fit_decreasing(lengths: list[int], budget: int) -> list[int]:
