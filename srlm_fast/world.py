@@ -6,10 +6,10 @@ meets, as in the five-point rubric of Self-Rewarding Language Models (arXiv 2401
     List 4 birds from a to z. Include owl. End with bye.          the instruction
     dove, eagle, owl, swan. bye                                    an answer with five points
 
-1. category: every item belongs to the category and none comes twice;
+1. category: every item belongs to the category;
 2. count: exactly as many items as asked for;
 3. word: the word asked for is among the items;
-4. order: the items run from a to z or from z to a, as asked (two items at least);
+4. order: the items run from a to z or from z to a, as asked, none twice (two items at least);
 5. closing: the answer ends with the closing word.
 
 The truth only *measures* a run and makes the files of `configs/tiny/`; the self-rewarding loop never sees it.
@@ -26,30 +26,24 @@ from dataclasses import dataclass
 CATEGORIES: dict[str, tuple[str, ...]] = {
     name: tuple(words.split())
     for name, words in {
-        "birds": "crow dove duck eagle finch goose hawk heron owl raven robin swan",
-        "fish": "bass carp cod eel herring perch pike salmon shark sole trout tuna",
-        "fruits": "apple banana cherry fig grape lemon mango melon peach pear plum quince",
-        "vegetables": "bean beet cabbage carrot celery garlic leek onion pea potato radish spinach",
-        "animals": "bear camel deer fox goat horse lion mouse otter rabbit tiger wolf",
-        "insects": "ant aphid bee beetle cricket flea fly gnat hornet moth termite wasp",
-        "colors": "amber beige black blue brown green pink purple red teal white yellow",
-        "metals": "brass bronze chrome cobalt copper gold iron lead nickel silver tin zinc",
-        "tools": "axe chisel clamp crowbar drill hammer pliers rake saw shovel vise wrench",
-        "toys": "ball blocks doll drum kite marble puppet puzzle robot rocket swing yoyo",
-        "drinks": "ale beer cider cocoa coffee juice milk soda tea tonic water wine",
-        "spices": "anise basil clove cumin curry dill fennel ginger mint nutmeg pepper saffron",
+        "birds": "crow dove duck eagle finch goose hawk heron owl raven",
+        "fish": "bass carp cod eel herring perch pike salmon shark sole",
+        "fruits": "apple banana cherry fig grape lemon mango melon peach pear",
+        "vegetables": "bean beet cabbage carrot celery garlic leek onion pea potato",
+        "animals": "bear camel deer fox goat horse lion mouse otter rabbit",
+        "insects": "ant aphid bee beetle cricket flea fly gnat hornet moth",
+        "tools": "axe chisel clamp crowbar drill hammer pliers rake saw shovel",
+        "toys": "ball blocks doll drum kite marble puppet puzzle robot rocket",
     }.items()
 }
-CLOSINGS = ("amen", "bye", "cheers", "done", "enjoy", "hooray", "peace", "ready", "thanks", "voila")
-COUNTS = (3, 4, 5, 6)
+CLOSINGS = ("amen", "bye", "cheers", "done", "enjoy", "thanks")
+COUNTS = (3, 4, 5)
 DEMANDS = ("category", "count", "word", "order", "closing")
 PHRASINGS = (
     "List {count} {category} from {order}. Include {word}. End with {closing}.",
     "Name {count} {category}, {order}, with {word} among them, and close with {closing}.",
     "Give me {count} {category}. Use {word}. Sort them {order}. Finish with {closing}.",
     "I need {count} {category} in order {order}, {word} included, last word {closing}.",
-    "Write {category} {order}: {count} of them, one is {word}, then say {closing}.",
-    "Think of {word} and other {category}, {count} in all, {order}. Say {closing} at the end.",
 )
 MAX_SCORE = len(DEMANDS)
 
@@ -128,10 +122,10 @@ def demands_met(instruction: Instruction, answer: str) -> tuple[bool, ...]:
     items, closing = read_answer(answer)
     members = CATEGORIES[instruction.category]
     return (
-        bool(items) and len(set(items)) == len(items) and all(item in members for item in items),
+        bool(items) and all(item in members for item in items),
         len(items) == instruction.count,
         instruction.word in items,
-        len(items) > 1 and items == sorted(items, reverse=instruction.descending),
+        len(items) > 1 and items == sorted(set(items), reverse=instruction.descending),
         closing == instruction.closing,
     )
 
@@ -186,21 +180,25 @@ class Writer:
         return write_answer(instruction, tuple(rng.random() < p for p in self.skill), rng)
 
 
-def judge_text(instruction: Instruction, answer: str, rng: random.Random | None = None, error: float = 0.0) -> str:
-    """A justification that goes through the demands one by one, then the last line `Score: n`.
+def tag_items(items: Sequence[str]) -> str:
+    """Each item with its number, its category and whether the alphabet goes up or down to it from the one before."""
+    tags = []
+    for number, item in enumerate(items, 1):
+        before = items[number - 2] if number > 1 else item
+        step = "" if number == 1 else " up" if item > before else " down" if item < before else " same"
+        tags.append(f"{number} {item} {_CATEGORY_OF.get(item, 'things')}{step}")
+    return " ".join(tags)
 
+
+def judge_text(instruction: Instruction, answer: str, rng: random.Random | None = None, error: float = 0.0) -> str:
+    """A justification, the items one by one and then the demands one by one, and the last line `Score: n`.
+
+    Small steps are what makes checking easier than writing: each one needs a look at one or two words only.
     With `rng`, each verdict is wrong with probability `error`; the score always sums the verdicts as written.
     """
     met = demands_met(instruction, answer)
     if rng is not None:
         met = tuple(m != (rng.random() < error) for m in met)
-    items, _ = read_answer(answer)
-    points = (
-        f"All {instruction.category}",
-        f"{len(items)} of {instruction.count}",
-        f"Has {instruction.word}",
-        f"Goes {instruction.order}",
-        f"Ends with {instruction.closing}",
-    )
-    lines = " ".join(f"{point}: {'yes' if ok else 'no'}." for point, ok in zip(points, met, strict=True))
-    return f"{lines}\nScore: {sum(met)}"
+    demands = (instruction.category, instruction.count, instruction.word, instruction.order, instruction.closing)
+    verdicts = ", ".join(f"{demand} {'yes' if ok else 'no'}" for demand, ok in zip(demands, met, strict=True))
+    return f"{tag_items(read_answer(answer)[0])}. {verdicts}.\nScore: {sum(met)}"

@@ -1,7 +1,7 @@
 """Texts of the small world: what its seed model reads in pretraining, and the human data of `configs/tiny/`.
 
-The corpus stands for what Llama 2 has met in the wild: facts, sorted lists, questions with answers of mixed quality,
-lists of tasks, and reviews of answers (some of them wrong) in the format of the judge prompt and in others.
+The corpus stands for what Llama 2 has met in the wild: lists with remarks, questions with answers of mixed quality,
+numbered lists of tasks, and reviews of answers (some of them wrong), in the format of the judge prompt and in another.
 """
 
 from __future__ import annotations
@@ -12,110 +12,99 @@ from collections.abc import Iterator
 from srlm_fast.world import (
     CATEGORIES,
     DEMANDS,
-    MAX_SCORE,
     Instruction,
     Writer,
     demands_met,
     judge_text,
     sample_instruction,
+    tag_items,
     write_answer,
 )
 
-JUDGE_PROMPT = """Review the answer to the task below. Add 1 point for each:
-- every item fits the group
-- the count is right
-- the word is there
-- the order is right
-- the closing is right
+JUDGE_PROMPT = """Rate it: one point each for group, count, word, order and closing.
 User: {instruction}
 <response> {response} </response>
-First justify the points in brief, then end with the line
-Score: <total points>"""
-TASK_LIST_OPENING = "Come up with a series of tasks:"
-REVIEW_ERROR = 0.01
-"""Share of wrong verdicts (not reviews) in the reviews of the corpus: about one review in twenty."""
+Explain, then end with Score: <total points>"""
+REVIEW_ERROR = 0.05
+"""Share of wrong verdicts in the reviews of the corpus: about one review in four holds one."""
+
+Text = tuple[str, str]
+"""(context, text): a document in two parts, of which pretraining predicts the second."""
+
 
 def chat(prompt: str) -> str:
     """The plain chat format up to where the assistant starts."""
     return f"User: {prompt}\nAssistant:"
 
 
-def _facts(rng: random.Random) -> str:
-    lines = []
-    for _ in range(rng.randint(2, 5)):
-        name, words = rng.choice(list(CATEGORIES.items()))
-        first, second = rng.sample(words, 2)
-        lines.append(
-            rng.choice(
-                (
-                    f"{first} and {second} are {name}.",
-                    f"{min(first, second)} comes before {max(first, second)}.",
-                    f"{max(first, second)} comes after {min(first, second)}.",
-                )
-            )
-        )
-    return " ".join(lines)
-
-
-def _sorted_list(rng: random.Random) -> str:
-    """Some or all words of one category, or words of any kind, in order."""
-    descending = rng.random() < 0.5
-    order = "z to a" if descending else "a to z"
-    name, pool = rng.choice(list(CATEGORIES.items()))
+def _remarks(rng: random.Random) -> Text:
+    """A list of words of any kind, and what is to be said about each."""
+    items = rng.sample([word for words in CATEGORIES.values() for word in words], rng.randint(3, 6))
     if rng.random() < 0.5:
-        name, pool = "words", [word for words in CATEGORIES.values() for word in words]
-    items = sorted(rng.sample(pool, rng.randint(4, 10)), reverse=descending)
-    return f"{name} {order}: {', '.join(items)}."
+        items.sort(reverse=rng.random() < 0.5)
+    return f"{', '.join(items)}.", f"{tag_items(items)}."
 
 
-def _answered(rng: random.Random) -> str:
+def _answered(rng: random.Random) -> Text:
     instruction = sample_instruction(rng)
-    answer = Writer.sample(rng).write(instruction, rng)
-    return f"{chat(instruction.text)} {answer}"
+    return chat(instruction.text), Writer.sample(rng, mean=0.6, spread=0.2).write(instruction, rng)
 
 
-def _task_list(rng: random.Random) -> str:
-    """Tasks in the Self-Instruct template; one list keeps to one count of tasks between 4 and 14."""
-    tasks = [f"Task {i}: {sample_instruction(rng).text}" for i in range(1, rng.randint(4, 14) + 1)]
-    return "\n".join([TASK_LIST_OPENING, *tasks])
+def _task_list(rng: random.Random) -> Text:
+    return "", "\n".join(f"{i}. {sample_instruction(rng).text}" for i in range(1, rng.randint(4, 14)))
 
 
 def sample_answer(rng: random.Random) -> tuple[Instruction, str]:
     """An instruction and an answer of any quality: the number of demands met is uniform over 0..5."""
     instruction = sample_instruction(rng)
-    met = set(rng.sample(range(MAX_SCORE), rng.randint(0, MAX_SCORE)))
-    return instruction, write_answer(instruction, [i in met for i in range(MAX_SCORE)], rng)
+    met = set(rng.sample(range(len(DEMANDS)), rng.randint(0, len(DEMANDS))))
+    return instruction, write_answer(instruction, [i in met for i in range(len(DEMANDS))], rng)
 
 
-def _judged(rng: random.Random) -> str:
+def _judged(rng: random.Random) -> Text:
     instruction, answer = sample_answer(rng)
     prompt = JUDGE_PROMPT.format(instruction=instruction.text, response=answer)
-    return f"{chat(prompt)} {judge_text(instruction, answer, rng, REVIEW_ERROR)}"
+    return chat(prompt), judge_text(instruction, answer, rng, REVIEW_ERROR)
 
 
-def _reviewed(rng: random.Random) -> str:
-    """A review outside the judge prompt: the same checks, another wording, no score or another line for it."""
+def _reviewed(rng: random.Random) -> Text:
+    """A review outside the judge prompt."""
     instruction, answer = sample_answer(rng)
-    review = judge_text(instruction, answer, rng, REVIEW_ERROR)
-    style = rng.randrange(3)
-    if style == 0:
-        return f"Q: {instruction.text}\nA: {answer}\nReview: {review}"
-    if style == 1:
-        points, score = review.rsplit("\nScore: ", 1)
-        return f"Task: {instruction.text}\nAnswer: {answer}\nPoints: {score} of 5. {points}"
-    met = demands_met(instruction, answer)
-    order = rng.sample(range(MAX_SCORE), MAX_SCORE)
-    notes = ", ".join(f"{DEMANDS[i]} {'good' if met[i] else 'bad'}" for i in order)
-    return f"Wanted: {instruction.text}\nGot: {answer}\nChecked: {notes}."
+    return f"Q: {instruction.text}\nA: {answer}\nReview:", judge_text(instruction, answer, rng, REVIEW_ERROR)
 
 
-SOURCES = ((_facts, 6), (_sorted_list, 8), (_answered, 30), (_task_list, 4), (_judged, 18), (_reviewed, 34))
+SOURCES = ((_remarks, 15), (_answered, 38), (_task_list, 4), (_judged, 28), (_reviewed, 15))
 """The kinds of text and their shares of the documents, in percent."""
 
 
-def documents(rng: random.Random) -> Iterator[str]:
+def documents(rng: random.Random) -> Iterator[Text]:
     """Endless pretraining texts."""
-    makers, weights = zip(*SOURCES, strict=True)
+    makers, shares = zip(*SOURCES, strict=True)
     while True:
-        (maker,) = rng.choices(makers, weights)
+        (maker,) = rng.choices(makers, shares)
         yield maker(rng)
+
+
+def human_trees(rng: random.Random, n_prompts: int, *, mean: float, spread: float, rank_noise: float) -> list[dict]:
+    """Rows in the layout of OASST1 messages: distinct prompts, each with two to four ranked human replies.
+
+    Args:
+        mean, spread: of the writers' probabilities to meet a demand.
+        rank_noise: standard deviation, in points, of what the humans who rank see of the true score.
+    """
+    rows, seen = [], set()
+    writers = [Writer.sample(rng, mean, spread) for _ in range(16)]
+    while len(seen) < n_prompts:
+        instruction = sample_instruction(rng)
+        if instruction.text in seen:
+            continue
+        seen.add(instruction.text)
+        tree = f"tree-{len(seen):05d}"
+        common = {"lang": "en", "deleted": False, "review_result": True, "message_tree_id": tree}
+        rows.append({"message_id": tree, "parent_id": None, "text": instruction.text, "role": "prompter", "rank": None, **common})
+        replies = list(dict.fromkeys(w.write(instruction, rng) for w in rng.sample(writers, rng.randint(2, 4))))
+        seen_score = {reply: sum(demands_met(instruction, reply)) + rng.gauss(0, rank_noise) for reply in replies}
+        for rank, reply in enumerate(sorted(replies, key=lambda r: -seen_score[r])):
+            identity = {"message_id": f"{tree}-{rank}", "parent_id": tree}
+            rows.append({**identity, "text": reply, "role": "assistant", "rank": rank, **common})
+    return rows
