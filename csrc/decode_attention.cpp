@@ -21,11 +21,15 @@ typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));  // the 
 
 SRLM_INLINE void load(Vec& to, const float* from) { std::memcpy(&to, from, sizeof(Vec)); }
 
-SRLM_INLINE float dot(const float* a, const float* b, int64_t n) {
+// The cache is far larger than the processor's, and its own prefetching stops at every page: ask some rows ahead.
+constexpr int64_t kRowsAhead = 16;
+
+SRLM_INLINE float dot(const float* a, const float* b, int64_t n, int64_t stride) {
   Vec sum = {}, x, y;
   for (int64_t i = 0; i < n; i += kLanes) {
     load(x, a + i);
     load(y, b + i);
+    __builtin_prefetch(b + i + kRowsAhead * stride);
     sum += x * y;
   }
   float lanes[kLanes];
@@ -59,6 +63,7 @@ SRLM_INLINE void weighted_sum(const float* weights, const float* v, int64_t leng
   for (; t + 4 <= length; t += 4) {
     for (int64_t j = 0; j < 4; ++j) {
       load(x, v + (t + j) * stride);
+      __builtin_prefetch(v + (t + j + kRowsAhead) * stride);
       sums[j] += weights[t + j] * x;
     }
   }
@@ -75,7 +80,7 @@ SRLM_INLINE void weighted_sum(const float* weights, const float* v, int64_t leng
 SRLM_WIDEST void decode_attention(const float* q, const float* k, const float* v, int64_t n_queries, int64_t length,
                                   int64_t head_dim, int64_t stride, float scale, float* scores, float* out) {
   for (int64_t query = 0; query < n_queries; ++query, q += head_dim, out += head_dim) {
-    for (int64_t t = 0; t < length; ++t) scores[t] = dot(q, k + t * stride, head_dim) * scale;
+    for (int64_t t = 0; t < length; ++t) scores[t] = dot(q, k + t * stride, head_dim, stride) * scale;
     float highest = scores[0];
     for (int64_t t = 1; t < length; ++t) highest = std::max(highest, scores[t]);
     for (int64_t t = 0; t < length; ++t) scores[t] = exp_nonpositive(scores[t] - highest);

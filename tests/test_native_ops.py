@@ -81,6 +81,48 @@ def test_operator_checks_its_own_arguments():
         torch.ops.srlm.first_fit_decreasing(torch.tensor([1.0]), 5)
 
 
+def decode_case(n: int, n_kv_heads: int, group: int, head_dim: int, length: int) -> list[torch.Tensor]:
+    """q, k, v, caches (views of larger ones, garbage past each row's position) and positions."""
+    generator = torch.Generator().manual_seed(n)
+    q = torch.randn(n, n_kv_heads * group, head_dim, generator=generator) * 2
+    k, v = torch.randn(2, n, n_kv_heads, head_dim, generator=generator)
+    k_cache, v_cache = torch.randn(2, n + 3, n_kv_heads, length + 5, head_dim, generator=generator)[:, :n, :, :length]
+    positions = torch.randint(0, length, (n,), generator=generator)
+    return [q, k, v, k_cache, v_cache, positions]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 16, 1), (5, 2, 1, 32, 70), (16, 2, 4, 64, 129), (3, 1, 8, 8, 40)])
+def test_decode_attention(either, shape):
+    q, k, v, k_cache, v_cache, positions = case = decode_case(*shape)
+    expected = torch.empty_like(q, dtype=torch.float64)
+    for row, position in enumerate(positions):
+        keys = torch.cat((k_cache[row, :, :position], k[row, :, None]), 1).double()
+        values = torch.cat((v_cache[row, :, :position], v[row, :, None]), 1).double()
+        expected[row] = torch.nn.functional.scaled_dot_product_attention(
+            q[row, :, None].double(), keys, values, enable_gqa=True
+        )[:, 0]
+    untouched = k_cache.clone()
+    torch.testing.assert_close(native_ops.decode_attention(*case).double(), expected, atol=3e-6, rtol=1e-5)
+    rows = torch.arange(len(q))
+    assert torch.equal(k_cache[rows, :, positions], k) and torch.equal(v_cache[rows, :, positions], v)
+    untouched[rows, :, positions] = k
+    assert torch.equal(k_cache, untouched)
+
+
+def test_decode_attention_operator_checks_its_arguments():
+    need_native()
+    q, k, v, k_cache, v_cache, positions = decode_case(4, 2, 2, 16, 9)
+    operator = torch.ops.srlm.decode_attention
+    with pytest.raises(ValueError, match="position 9 of row 0 is outside the cache of 9"):
+        operator(q, k, v, k_cache, v_cache, positions.fill_(9))
+    with pytest.raises(ValueError, match="fp32"):
+        operator(q.double(), k.double(), v.double(), k_cache.double(), v_cache.double(), positions)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        operator(q, k, v[:3], k_cache, v_cache, positions)
+    with pytest.raises(ValueError, match="no multiple of 16"):
+        operator(q[..., :8], k[..., :8], v[..., :8], k_cache[..., :8], v_cache[..., :8], positions)
+
+
 @pytest.mark.parametrize("content", [None, b"not a shared object"])
 def test_one_warning_where_not_built(monkeypatch, tmp_path, content):
     if content:

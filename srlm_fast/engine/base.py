@@ -67,7 +67,7 @@ class Engine(Protocol):
         """Submits `requests`, then yields completions as they finish, until none is left."""
 
     def sleep(self) -> None:
-        """Gives back the memory of weights and caches, for training, and drops all requests; `load` wakes the engine."""
+        """Gives back the memory of weights and caches for training, drops all requests; `load` wakes the engine."""
 
     def close(self) -> None:
         """Gives back everything; the engine is of no use afterwards."""

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srlm_fast.native_ops import decode_attention
 from srlm_fast.model import Attend, LlamaConfig
+from srlm_fast.native_ops import decode_attention
 
 BLOCK = 64
-"""Cache lengths are multiples of this, so that memory is seldom moved and sums over a padded prefix keep their order."""
+"""Cache lengths are multiples of this, so that memory is seldom moved and padding does not change the order of sums."""
 
 
 class PromptAttention:
@@ -68,11 +68,11 @@ class KVCache:
             new[:, :, :, :capacity] = old
             setattr(self, name, new)
 
-    def fill(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Copies one prompt, [layers, P, H_kv, head_dim], to the start of each of `slots` (int64 [m])."""
+    def fill(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Copies a prompt, [layers, P, H_kv, head_dim], to the start of a slot."""
         length = keys.shape[1]
-        self.keys[:, slots, :, :length] = keys.transpose(1, 2)[:, None]
-        self.values[:, slots, :, :length] = values.transpose(1, 2)[:, None]
+        self.keys[:, slot, :, :length] = keys.transpose(1, 2)
+        self.values[:, slot, :, :length] = values.transpose(1, 2)
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
         """Copies the first `length` positions of slots `source` to slots `target` (int64 [m] each)."""

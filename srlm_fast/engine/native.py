@@ -5,11 +5,11 @@ moves into its place. Prompts run packed, several at once; the samples of a requ
 keys and values.
 
 What a result depends on. Sampling depends on the request alone (see sampling.py). The arithmetic of a row does not
-depend on its neighbours either: prompts are attended to one by one, a row's attention reads its own prefix only, and
-matrices are padded to a multiple of `ROW_MULTIPLE` rows, beyond which the matrix products of the CPU libraries round a
-row alike whatever the number of rows. So in fp32 on one machine, with one number of threads, the tokens and their
-log-probabilities are the same to the last bit in any order, company and batch size; tests hold it to that. Between
-machines, thread counts or devices they agree to rounding, so a sampled token can differ once in a great while.
+depend on its neighbours either: prompts are attended to one by one, a row attends to its own prefix only, and matrices
+are padded to a multiple of `ROW_MULTIPLE` rows, from where on the CPU's matrix products round a row alike however many
+rows there are. So in fp32 on one CPU, tokens and log-probabilities are the same to the last bit in any order, company
+and batch size. Tests hold it to that; it was measured with MKL on one and two threads. Between machines, numbers of
+threads or devices they agree to rounding, so a sampled token may differ once in a great while.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from srlm_fast.errors import UserError
 from srlm_fast.model import Llama
 
 ROW_MULTIPLE = 16
-"""Matrices have a multiple of this many rows. Measured with MKL: from 4 rows per thread on, rounding is the same."""
+"""Matrices have a multiple of this many rows: measured with MKL, rounding is the same from 4 (two threads: 12) on."""
 
 
 @dataclass(eq=False)
@@ -68,37 +68,36 @@ class NativeEngine:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if max_batch < 1 or prefill_tokens < 1:
-            raise UserError(f"native engine: max_batch={max_batch}, prefill_tokens={prefill_tokens} must be 1 or more")
+        for name, value in {"max_batch": max_batch, "max_len": max_len, "prefill_tokens": prefill_tokens}.items():
+            if value is not None and value < 1:
+                raise UserError(f"native engine: {name}={value} must be 1 or more")
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         self.device, self.dtype = torch.device(device), dtype
         self.stats = EngineStats()
         self._max_len_option = max_len
         self._n_submitted = 0
-        self.sleep()
+        self.model: Llama | None = None
+        self._reset()
 
     def load(self, weights: str | Path | Llama) -> None:
-        """See `Engine.load`; a model that is already built is taken as it is."""
-        self.sleep()
+        """See `Engine.load`; a model that is already built is taken as it is and put into evaluation mode."""
+        reusable = self.model.config if self.model and not self._under_way() else None
+        self.model = None  # the old weights go before the new ones come
         if not isinstance(weights, Llama):
-            from srlm_fast import checkpoint
+            from srlm_fast.checkpoint import load_model
 
-            weights = checkpoint.load_model(weights, dtype=self.dtype, device=self.device)
-        self._model = weights.eval()
-        config = weights.config
-        self.max_len = min(self._max_len_option or config.max_position_embeddings, config.max_position_embeddings)
-        # A slot more than max_batch where that is no multiple, so that padding rows have somewhere to write.
-        slots = _padded(self.max_batch)
-        self._cache = KVCache(config, slots, self.device, self.dtype)
-        self._rows = Rows(slots, self.device)
+            weights = load_model(Path(weights), dtype=self.dtype, device=self.device)
+        self.model = weights.eval()
+        if weights.config != reusable:
+            self._reset()
 
     def submit(self, requests: Iterable[Request]) -> None:
         """See `Engine.submit`."""
-        if self._model is None:
+        if self.model is None:
             raise UserError("native engine: no weights; call load() first (sleep() and close() drop them)")
         for request in requests:
             name = f"request {self._n_submitted}"
-            check_request(request, name, vocab_size=self._model.config.vocab_size, max_len=self.max_len)
+            check_request(request, name, vocab_size=self.model.config.vocab_size, max_len=self.max_len)
             self._waiting.append((name, request))
             self._n_submitted += 1
 
@@ -109,27 +108,40 @@ class NativeEngine:
 
     def sleep(self) -> None:
         """See `Engine.sleep`."""
-        self._model: Llama | None = None
-        self._cache: KVCache | None = None
-        self._rows: Rows | None = None
-        self._drop_requests()
+        self.model = None
+        self._reset()
 
     def close(self) -> None:
         """See `Engine.close`."""
         self.sleep()
 
-    def _drop_requests(self) -> None:
+    @property
+    def max_len(self) -> int:
+        """Tokens of prompt and completion together that a sequence may have."""
+        limit = self.model.config.max_position_embeddings
+        return limit if self._max_len_option is None else min(limit, self._max_len_option)
+
+    def _under_way(self) -> bool:
+        return bool(self._waiting or self._ready or self._running)
+
+    def _reset(self) -> None:
+        """Drops all requests and what the cache holds."""
         self._waiting: deque[tuple[str, Request]] = deque()  # to be prefilled
         self._ready: deque[_Sample] = deque()  # prefilled, waiting for a row
         self._running: list[_Sample] = []  # by row
+        self._cache = self._rows = None
+        if self.model is not None:
+            slots = _padded(self.max_batch)  # padding rows write to slots of their own
+            self._cache = KVCache(self.model.config, slots, self.device, self.dtype)
+            self._rows = Rows(slots, self.device)
 
     def _drain(self) -> Iterator[Completion]:
-        while self._waiting or self._ready or self._running:
+        while self._under_way():
             started = time.perf_counter()
             try:
                 finished = self._step()
             except BaseException:
-                self._drop_requests()
+                self._reset()
                 raise
             self.stats.seconds += time.perf_counter() - started
             yield from finished
@@ -155,8 +167,8 @@ class NativeEngine:
         self._running += samples
         room = [min(s.request.max_new_tokens, self.max_len - s.keys.shape[1]) for s in samples]
         self._cache.reserve(max(s.keys.shape[1] + r for s, r in zip(samples, room)))
-        for i, s in enumerate(samples):
-            self._cache.fill(rows[i : i + 1], s.keys, s.values)
+        for row, s in enumerate(samples, first):
+            self._cache.fill(row, s.keys, s.values)
         self._rows.start(
             rows,
             requests=[s.request for s in samples],
@@ -187,20 +199,19 @@ class NativeEngine:
         last = torch.zeros(_padded(len(batch)), dtype=torch.int64)
         last[: len(batch)] = ends - 1
         attend = PromptAttention(packed)
-        logits = self._model(*(x.to(self.device) for x in (ids, positions)), attend, rows=last.to(self.device))
+        logits = self.model(*(x.to(self.device) for x in (ids, positions)), attend, rows=last.to(self.device))
         keys, values = attend.keys, attend.values
         for i, (name, request) in enumerate(batch):
             prompt = slice(int(ends[i]) - lengths[i], int(ends[i]))
             for index, key in enumerate(sample_keys(request.seed, request.n).to(self.device)):
-                sample = _Sample(name, request, index, key, logits[i], keys[:, prompt], values[:, prompt])
-                self._ready.append(sample)
+                self._ready.append(_Sample(name, request, index, key, logits[i], keys[:, prompt], values[:, prompt]))
         self.stats.prompt_tokens += n_tokens
 
     def _decode(self) -> list[Completion]:
         active, rows = len(self._running), self._rows
         n = _padded(active)
         positions = rows.lengths[:n]
-        logits = self._model(rows.last_tokens[:n], positions, self._cache.decode(positions))
+        logits = self.model(rows.last_tokens[:n], positions, self._cache.decode(positions))
         rows.lengths[:active] += 1
         return self._emit(torch.arange(active, device=self.device), logits[:active])
 
@@ -217,14 +228,12 @@ class NativeEngine:
         """Takes the rows `ended` out of the batch and closes the holes they leave."""
         completions = []
         for row in ended:
-            sample = self._running[row]
-            tokens, logprobs, extra = self._rows.output(row, len(sample.request.logprob_token_ids))
+            s = self._running[row]
+            tokens, logprobs, extra = self._rows.output(row, len(s.request.logprob_token_ids))
             if not math.isfinite(logprobs[-1]):
-                raise UserError(
-                    f"{sample.name}: token {len(tokens)} of the answer has NaN logits; the weights are broken"
-                )
-            reason = "stop" if tokens[-1] in sample.request.stop_ids else "length"
-            completions.append(Completion(sample.request, sample.index, tokens, logprobs, reason, extra))
+                raise UserError(f"{s.name}: the logits of token {len(tokens)} of its answer are NaN; check the weights")
+            reason = "stop" if tokens[-1] in s.request.stop_ids else "length"
+            completions.append(Completion(s.request, s.index, tokens, logprobs, reason, extra))
         left = len(self._running) - len(ended)
         gone = set(ended)
         holes = [row for row in ended if row < left]
