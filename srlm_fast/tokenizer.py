@@ -19,6 +19,7 @@ from srlm_fast.errors import UserError
 
 _SPACE = "\u2581"  # sentencepiece's stand-in for a space
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/=]+ \d+\n")
+_PROBE = " \t a\u3000\u2460\ufb01e\u0301  \u2581\n "  # what normalisers change
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -61,8 +62,9 @@ class Tokenizer(ABC):
         chat_template: Jinja source, or None.
         adds_space: `encode` puts a space before its text (sentencepiece's dummy prefix), which `decode` removes.
         exact: decode(encode(text)) == text for every text. False for a sentencepiece model that normalises (the round
-            trip then gives the normalised text) or lacks byte pieces (unknown characters are lost). A tokenizer.json
-            is taken as it is: byte-level ones (Llama 3) are exact, those with U+2581 for spaces turn U+2581 to a space.
+            trip then gives the normalised text) or lacks byte pieces (unknown characters are lost), and for a
+            tokenizer.json that writes spaces as U+2581 (that character, or one leading space, is lost); the byte-level
+            ones of Llama 3 are exact.
     """
 
     vocab_size: int
@@ -165,9 +167,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.special_tokens |= {text: i for text, i in settings["added_tokens"].items() if i >= n}
         self.vocab_size = max(n, *(i + 1 for i in self.special_tokens.values()))
         self.adds_space = self._sp.normalize("a").startswith(_SPACE)
-        probe = " \t a\u3000\u2460\ufb01e\u0301  \n "
         byte_pieces = [self.token_id(f"<0x{byte:02X}>") for byte in range(256)]
-        self.exact = None not in byte_pieces and self._bare.normalize(probe).replace(_SPACE, " ") == probe
+        self.exact = None not in byte_pieces and self._bare.normalize(_PROBE) == _PROBE.replace(" ", _SPACE)
         self._literal_space = [byte_pieces[byte] for byte in _SPACE.encode()] if self.exact else []
         super().__init__(file, settings)
         for key, default in (("bos", self._sp.bos_id()), ("eos", self._sp.eos_id())):
@@ -204,8 +205,6 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json, run by the `tokenizers` package; its post-processor (templates of bos and eos) is not used."""
 
-    exact = True
-
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         try:
             import tokenizers
@@ -234,6 +233,7 @@ class JsonTokenizer(Tokenizer):
             one.encode_special_tokens = True  # the spelling of a special token in a text is text
         start = self._encode("a")[:1]
         self.adds_space = bool(start) and self._plain.id_to_token(start[0]).startswith((_SPACE, "\u0120"))
+        self.exact = self._decode(self._encode(_PROBE)) == _PROBE
 
     def token_id(self, piece: str) -> int | None:
         return self._plain.token_to_id(piece)

@@ -27,3 +27,58 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def spm_folder(shared_data, tmp_path_factory) -> Path:
+    """Folder with a tokenizer.model like Llama 2's: BPE, identity normaliser, byte fallback, 600 pieces."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("spm")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(shared_data("spm/botchan.txt")),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(shared_data, tmp_path_factory) -> Path:
+    """Folder with a byte-level BPE tokenizer.json like Llama 3's and a chat template in its style."""
+    import json
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    folder = tmp_path_factory.mktemp("bpe")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|begin|>", "<|end|>", "<|head|>", "<|/head|>", "<|turn|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(shared_data("spm/botchan.txt"))], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    tokenizer.enable_truncation(16)  # as files in the wild have it; it must not cut our texts
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{{ bos_token }}{% for message in messages %}"
+        "<|head|>{{ message.role }}<|/head|>\n\n{{ message.content | trim }}<|turn|>"
+        "{% endfor %}{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
+    )
+    eos = {"__type": "AddedToken", "content": "<|end|>"}
+    config = {"bos_token": "<|begin|>", "eos_token": eos, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
