@@ -1,8 +1,8 @@
 """EFT targets: which judgements of the SFT baseline become training data, and how their scores are balanced.
 
-Source: arXiv 2401.10020, section 3.1.1: the SFT baseline evaluates human-ranked replies; an evaluation is taken when its
-scores agree with the human ranking; then some with the most common score are discarded. The number of attempts, the
-unit of acceptance, the treatment of ties and the share aimed at are not given there and are arguments here.
+Source: arXiv 2401.10020, section 3.1.1: the SFT baseline evaluates human-ranked replies; an evaluation is taken when
+its scores agree with the human ranking; then some with the most common score are discarded. The number of attempts,
+the unit of acceptance, the treatment of ties and the share aimed at are not given there and are arguments here.
 """
 
 import random
@@ -58,11 +58,12 @@ def accept(
             break
     return [
         EftExample(
-            Example(f"{prompt.id}/{i}", judge_prompt(prompt.prompt, prompt.replies[i][0], template), judgement.text.strip()),
-            judgement.score,
-            ranks[i],
+            Example(f"{prompt.id}/{i}", judge_prompt(prompt.prompt, reply, template), taken[i].text.strip()),
+            taken[i].score,
+            rank,
         )
-        for i, judgement in sorted(taken.items())
+        for i, (reply, rank) in enumerate(prompt.replies)
+        if i in taken
     ]
 
 

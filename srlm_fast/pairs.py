@@ -40,9 +40,9 @@ def make_pairs(
             each with "index", "text", "token_ids", "finish_reason", "score" (mean, or None) and whatever else is to be
             kept with the pair: "judgements", "seed", ...
         weights_id: of the model that wrote and judged the candidates.
-        ties: among candidates tied at the highest or lowest score, all combinations with different texts being equal:
-            "random" draws one by (seed, prompt id), "first" takes the lowest indices, "length" the shortest chosen and
-            then the longest rejected text (in tokens).
+        ties: which of several candidates tied at the highest or at the lowest score are taken, among those with
+            different texts: "random" draws by (seed, prompt id), "first" takes the lowest indices, "length" the
+            shortest chosen and then the longest rejected (in tokens).
         keep_truncated: whether candidates that ended at the token limit may enter a pair.
 
     Returns:
