@@ -240,6 +240,17 @@ def test_load_drops_what_is_under_way_and_takes_new_weights(model):
     assert results(engine.stream(requests)) == results(engine_of(other).stream(requests))
 
 
+def test_bfloat16_follows_float32(model):
+    request = Request([3, 1, 4, 1, 5], temperature=0, max_new_tokens=1, logprob_token_ids=range(160))
+    [expected] = engine_of(model).stream([request])
+    engine = engine_of(build(model.config).bfloat16())
+    [got] = engine.stream([request])
+    torch.testing.assert_close(
+        torch.tensor(got.extra_logprobs), torch.tensor(expected.extra_logprobs), atol=0.3, rtol=0.05
+    )
+    assert len(list(engine.stream(random_requests(8)))) == sum(r.n for r in random_requests(8))
+
+
 def test_sleep_and_close(model):
     engine = engine_of(model)
     list(engine.stream([Request([1], max_new_tokens=3)]))

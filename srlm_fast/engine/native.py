@@ -81,14 +81,14 @@ class NativeEngine:
 
     def load(self, weights: str | Path | Llama) -> None:
         """See `Engine.load`; a model that is already built is taken as it is and put into evaluation mode."""
-        reusable = self.model.config if self.model and not self._under_way() else None
+        kept = None if self._under_way() else self._layout
         self.model = None  # the old weights go before the new ones come
         if not isinstance(weights, Llama):
             from srlm_fast.checkpoint import load_model
 
             weights = load_model(Path(weights), dtype=self.dtype, device=self.device)
         self.model = weights.eval()
-        if weights.config != reusable:
+        if self._layout != kept:
             self._reset()
 
     def submit(self, requests: Iterable[Request]) -> None:
@@ -121,6 +121,14 @@ class NativeEngine:
         limit = self.model.config.max_position_embeddings
         return limit if self._max_len_option is None else min(limit, self._max_len_option)
 
+    @property
+    def _layout(self) -> tuple | None:
+        """What the cache is made for: configuration, device and dtype of the model."""
+        if self.model is None:
+            return None
+        head = self.model.lm_head.weight
+        return self.model.config, head.device, head.dtype
+
     def _under_way(self) -> bool:
         return bool(self._waiting or self._ready or self._running)
 
@@ -130,9 +138,10 @@ class NativeEngine:
         self._ready: deque[_Sample] = deque()  # prefilled, waiting for a row
         self._running: list[_Sample] = []  # by row
         self._cache = self._rows = None
-        if self.model is not None:
+        if self._layout is not None:
+            config, self.device, dtype = self._layout
             slots = _padded(self.max_batch)  # padding rows write to slots of their own
-            self._cache = KVCache(self.model.config, slots, self.device, self.dtype)
+            self._cache = KVCache(config, slots, self.device, dtype)
             self._rows = Rows(slots, self.device)
 
     def _drain(self) -> Iterator[Completion]:
