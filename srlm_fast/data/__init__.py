@@ -48,7 +48,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: no such file")
     try:
         with _open(path) as file:
-            yield from (_array if ".json" in path.suffixes else _lines)(path, file)
+            yield from (_array if path.name.removesuffix(".gz").endswith(".json") else _lines)(path, file)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read to its end ({error})") from None
 

@@ -127,7 +127,7 @@ def _message(where: str, row: dict[str, Any]) -> _Message:
         if not isinstance(row["text"], str):
             raise TypeError(f"text is a {type(row['text']).__name__}")
         return _Message(row["message_id"], row.get("parent_id"), row["role"], row["text"], rank, _quality(row))
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not an Open Assistant message ({error})") from None
 
 
