@@ -53,14 +53,18 @@ class Segments:
         expected = 0
         for start, length in zip(q_starts, q_lens, strict=True):
             if start != expected or length < 1:
-                raise ValueError(f"segments must tile the tokens: expected a start of {expected}, got {start} (+{length})")
+                raise ValueError(
+                    f"segments must tile the tokens: expected a start of {expected}, got {start} (+{length})"
+                )
             expected += length
         self.n_tokens = expected
         self.q_lens = list(q_lens)
         self.k_lens = [sum(length for _, length in spans) for spans in key_spans]
         self._buckets = self._build_buckets(q_starts, key_spans, device)
         total = sum(s * max_q for s, max_q, _ in (b.shape for b in self._buckets))
-        flat = torch.cat([b.q_index for b in self._buckets]).cpu() if self._buckets else torch.zeros(0, dtype=torch.int64)
+        flat = (
+            torch.cat([b.q_index for b in self._buckets]).cpu() if self._buckets else torch.zeros(0, dtype=torch.int64)
+        )
         token_of = torch.nonzero(flat >= 0).squeeze(1)
         out_index = torch.empty(self.n_tokens, dtype=torch.int64)
         out_index[flat[token_of]] = token_of

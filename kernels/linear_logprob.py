@@ -79,11 +79,19 @@ def linear_logprob(x: Tensor, weight: Tensor, target: Tensor, *, budget_bytes: i
         ValueError: on a wrong shape or dtype, or (on the CPU) a target outside [0, V).
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x must be [N, D] and weight [V, D] with the same D, got {tuple(x.shape)} and {tuple(weight.shape)}")
+        raise ValueError(
+            f"x must be [N, D] and weight [V, D] with the same D, got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
     if target.shape != x.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(f"target must be int64 of shape {tuple(x.shape[:1])}, got {target.dtype} {tuple(target.shape)}")
+        raise ValueError(
+            f"target must be int64 of shape {tuple(x.shape[:1])}, got {target.dtype} {tuple(target.shape)}"
+        )
     if x.dtype != weight.dtype:
         raise ValueError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
-    if target.device.type == "cpu" and target.numel() and not 0 <= int(target.min()) <= int(target.max()) < weight.shape[0]:
+    if (
+        target.device.type == "cpu"
+        and target.numel()
+        and not 0 <= int(target.min()) <= int(target.max()) < weight.shape[0]
+    ):
         raise ValueError(f"targets must lie in [0, {weight.shape[0]}), got {int(target.min())} to {int(target.max())}")
     return _LinearLogprob.apply(x, weight, target, budget_bytes)

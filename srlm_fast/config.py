@@ -1,6 +1,6 @@
 """The configuration of a run: one tree of dataclasses, read from YAML and `section.key=value` overrides.
 
-Every key is documented once, beside its field; `python scripts/iterate.py --help` and docs/formats.md print these texts.
+Every key is documented once, beside its field; `python scripts/iterate.py --help` prints these texts.
 Defaults are the paper's values (arXiv 2401.10020) where it gives one; "choice" marks what it leaves open.
 """
 
@@ -78,14 +78,24 @@ class DpoConfig(TrainConfig):
     loss: str = key("dpo", "a registered loss that compares pairs")
     lr: float = key(1e-6, "peak learning rate")
     min_lr: float = key(1e-7, "learning rate at the end of the schedule")
-    schedule: str = key("linear", "shape of the decay (not named in the paper; v1 says linear)", choices=("cosine", "linear", "constant"))
+    schedule: str = key(
+        "linear",
+        "shape of the decay (not named in the paper; v1 says linear)",
+        choices=("cosine", "linear", "constant"),
+    )
 
 
 @dataclass
 class EftConfig:
     attempts: int = key(4, "judgements the SFT baseline writes per reply; the first that agrees is taken (choice)")
-    scope: str = key("prompt", "unit of acceptance: all replies of a prompt, or each reply (choice)", choices=("prompt", "reply"))
-    ties: str = key("strict", "equal scores of differently ranked replies disagree, or are let pass (choice)", choices=("strict", "allow"))
+    scope: str = key(
+        "prompt", "unit of acceptance: all replies of a prompt, or each reply (choice)", choices=("prompt", "reply")
+    )
+    ties: str = key(
+        "strict",
+        "equal scores of differently ranked replies disagree, or are let pass (choice)",
+        choices=("strict", "allow"),
+    )
     max_share: float = key(0.4, "the most common score is thinned out to at most this share (choice)")
     max_examples: int = key(1630, "most EFT examples kept")
 
@@ -93,18 +103,43 @@ class EftConfig:
 @dataclass
 class PromptsConfig:
     count: int = key(5000, "new prompts of every iteration (choice; follow-ups draw from a pool of 20,000)")
-    generator: str = key("base", "who writes them: base (M0), sft, current (M_t), or a model folder (paper: a fixed Llama 2-Chat 70B)")
+    generator: str = key(
+        "base", "who writes them: base (M0), sft, current (M_t), or a model folder (paper: a fixed Llama 2-Chat 70B)"
+    )
     temperature: float = key(0.6, "sampling temperature")
     top_p: float = key(0.9, "nucleus of the sampling")
     max_new_tokens: int = key(512, "most tokens of one completion (choice)")
+    prompts_per_request: int = key(8, "a completion is cut after this many prompts (Self-Instruct)")
+    drop_cut_off: bool = key(True, "drop a completion whole that ended at max_new_tokens (Self-Instruct)")
+    requests_per_round: int = key(
+        64, "completions asked for at a time; accepted prompts serve as demonstrations from the next round on (choice)"
+    )
     max_requests: int = key(20, "completions tried per wanted prompt, at most, before the run stops (choice)")
     ift_shots: int = key(6, "demonstrations from IFT")
-    generated_shots: int = key(2, "demonstrations from accepted generated prompts; IFT fills in while there are too few")
-    shots_template: str | None = key(None, "file of the task-list prompt with a {tasks} place; none: the built-in one", path=True)
+    generated_shots: int = key(
+        2, "demonstrations from accepted generated prompts; IFT fills in while there are too few"
+    )
+    shots_template: str | None = key(
+        None, "file of the task-list prompt with a {tasks} place; none: the built-in one", path=True
+    )
     min_words: int = key(4, "fewest words of a new prompt")
     max_words: int = key(150, "most words of a new prompt")
     blacklist: tuple[str, ...] = key(
-        ("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot", "go to"),
+        (
+            "image",
+            "images",
+            "graph",
+            "graphs",
+            "picture",
+            "pictures",
+            "file",
+            "files",
+            "map",
+            "maps",
+            "draw",
+            "plot",
+            "go to",
+        ),
         "words that a new prompt may not hold",
     )
     forbidden_starts: tuple[str, ...] = key(("Write a program",), "openings that a new prompt may not have")
@@ -126,8 +161,14 @@ class JudgeConfig:
     temperature: float = key(0.7, "sampling temperature")
     top_p: float = key(0.9, "nucleus of the sampling")
     max_new_tokens: int = key(512, "most tokens of a judgement (choice)")
-    mode: str = key("cot", "score of a judgement: cot, the number it ends in; expected, the mean of the score digit's distribution", choices=("cot", "expected"))
-    template: str | None = key(None, "file of a judge prompt with {instruction} and {response} places; none: the built-in one", path=True)
+    mode: str = key(
+        "cot",
+        "score of a judgement: cot, the number it ends in; expected, the mean of the score digit's distribution",
+        choices=("cot", "expected"),
+    )
+    template: str | None = key(
+        None, "file of a judge prompt with {instruction} and {response} places; none: the built-in one", path=True
+    )
     decimals: bool = key(True, "whether 4.5 is a score; if not it counts as unparsable (choice)")
     max_score: float = key(5.0, "highest score of the scale")
     which: str = key("last", "which of several scores in one judgement counts (choice)", choices=("last", "first"))
@@ -136,15 +177,23 @@ class JudgeConfig:
 
 @dataclass
 class PairsConfig:
-    ties: str = key("random", "which of several answers tied at an end is taken (choice)", choices=("random", "first", "length"))
+    ties: str = key(
+        "random", "which of several answers tied at an end is taken (choice)", choices=("random", "first", "length")
+    )
     keep_truncated: bool = key(True, "whether answers cut off at the token limit may enter a pair (choice)")
 
 
 @dataclass
 class EvaluateConfig:
-    prompts: str | None = key(None, "file of held-out prompts that every model answers; none: no answers are written", path=True)
+    prompts: str | None = key(
+        None, "file of held-out prompts that every model answers; none: no answers are written", path=True
+    )
     n: int = key(1, "answers per held-out prompt (choice)")
-    truth: str | None = key(None, "exact scorer used to measure, never to train: world (the embedded world); none: human ranks only", choices=("world",))
+    truth: str | None = key(
+        None,
+        "exact scorer used to measure, never to train: world (the embedded world); none: human ranks only",
+        choices=("world",),
+    )
     best_score: float = key(5.0, "the score that counts as 5/5 in 5-best")
     bootstrap: int = key(1000, "bootstrap resamples behind the intervals")
 
@@ -195,7 +244,12 @@ class Config:
         longest_pair = self.model.max_seq_len + self.candidates.max_new_tokens
         for name, budget, needed, what in (
             ("sft", self.sft.tokens_per_microbatch, self.model.max_seq_len, "example (model.max_seq_len)"),
-            ("dpo", self.dpo.tokens_per_microbatch, longest_pair, "pair (model.max_seq_len + candidates.max_new_tokens)"),
+            (
+                "dpo",
+                self.dpo.tokens_per_microbatch,
+                longest_pair,
+                "pair (model.max_seq_len + candidates.max_new_tokens)",
+            ),
         ):
             if budget < needed:
                 raise UserError(
@@ -218,6 +272,8 @@ _POSITIVE = (
     "prompts.count",
     "prompts.max_new_tokens",
     "prompts.max_requests",
+    "prompts.prompts_per_request",
+    "prompts.requests_per_round",
     "candidates.n",
     "candidates.max_new_tokens",
     "candidates.shard_size",

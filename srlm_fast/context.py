@@ -9,7 +9,7 @@ from typing import Any
 from srlm_fast import checkpoint
 from srlm_fast.chat import chat_format
 from srlm_fast.config import Config, input_paths
-from srlm_fast.data import Example, RankedPrompt, read_rows
+from srlm_fast.data import Example, RankedPrompt, formats, read_rows
 from srlm_fast.engine import load_engine
 from srlm_fast.engine.base import Engine
 from srlm_fast.errors import Interrupted, UserError
@@ -87,7 +87,17 @@ class Context:
 
     def ranked(self, name: str) -> list[RankedPrompt]:
         """Prompts with ranked replies, from a jsonl file of the run."""
-        return [RankedPrompt(**{**row, "replies": [tuple(reply) for reply in row["replies"]]}) for row in self.rows(name)]
+        return [
+            RankedPrompt(**{**row, "replies": [tuple(reply) for reply in row["replies"]]}) for row in self.rows(name)
+        ]
+
+    def held_out(self) -> list[dict[str, Any]]:
+        """Rows ("id", "prompt") of evaluate.prompts; none without that key."""
+        path = self.config.evaluate.prompts
+        if path is None:
+            return []
+        rows, _ = formats.load(path, kind="prompt")
+        return [{"id": f"heldout-{i:05d}", "prompt": row.prompt[-1]["content"]} for i, row in enumerate(rows)]
 
     def engine(self, weights: Path) -> Engine:
         """The one engine of this process, with these weights loaded."""
@@ -108,7 +118,6 @@ class Context:
     def shards(
         self,
         name: str,
-        folder: Path,
         rows: Sequence[Any],
         work: Callable[[Sequence[Any], Callable[[int], None]], list[dict[str, Any]]],
     ) -> list[Path]:
@@ -117,16 +126,16 @@ class Context:
         A shard is worked on alone, so its content depends neither on the rank nor on the shards before it.
 
         Args:
-            name: the phase, for claims and progress.
-            folder: where shard-NNNNN.jsonl are written.
+            name: the phase; its files are NAME/shard-NNNNN.jsonl in the run folder.
             rows: what to work on.
-            work: work(rows of a shard, on_done) -> rows to write; calls on_done(1) as each row is finished.
+            work: work(rows of a shard, on_done) -> rows to write; calls on_done(1) as each row is finished,
+                and on_done(0) in between as it likes, to notice a stop soon.
 
         Returns:
             All files, in order, when all ranks are done.
         """
         size = self.config.candidates.shard_size
-        files = [folder / f"shard-{i:05d}.jsonl" for i in range((len(rows) + size - 1) // size)]
+        files = [self.run_dir / f"{name}/shard-{i:05d}.jsonl" for i in range((len(rows) + size - 1) // size)]
         todo = self.main(lambda: [i for i, file in enumerate(files) if not file.exists()])
         total = sum(len(rows[i * size : (i + 1) * size]) for i in todo)
         with progress(name, total, unit="rows", enabled=self.world.is_main) as advance:

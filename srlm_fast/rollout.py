@@ -40,8 +40,9 @@ class Judge:
         self.chat, self.config, self.max_seq_len = chat, config, max_seq_len
         self.n = n or config.n
         self.template = load_template(config.template)
+        self._reserved = 0
         if config.mode == "expected":
-            self._score_tokens("")
+            self._reserved = len(self._score_tokens("")[0]) + 1
 
     def prompt(self, reply: Reply) -> str:
         """The judge prompt of a reply, as text."""
@@ -50,7 +51,7 @@ class Judge:
     def request(self, reply: Reply, seed: int, metadata: Any) -> Request | None:
         """The request for n judgements; None when prompt and judgement do not fit max_seq_len."""
         ids = self.chat.encode_prompt(as_messages(self.prompt(reply)))
-        if len(ids) + self.config.max_new_tokens > self.max_seq_len:
+        if len(ids) + self.config.max_new_tokens + self._reserved > self.max_seq_len:
             return None
         return Request(
             prompt_ids=ids,
@@ -66,13 +67,20 @@ class Judge:
     def read(self, completion: Completion) -> Judgement:
         """The judgement of a completion, scored by the number it ends in."""
         text = self.chat.decode(completion.token_ids)
-        score = parse_score(text, decimals=self.config.decimals, max_score=self.config.max_score, which=self.config.which)
+        score = parse_score(
+            text, decimals=self.config.decimals, max_score=self.config.max_score, which=self.config.which
+        )
         return Judgement(text, score, completion.request.seed, completion.finish_reason)
 
     def expected_request(self, completion: Completion, metadata: Any) -> Request:
-        """One more token after "Score:", for the distribution over the score digits (mode "expected")."""
-        head = self.chat.decode(completion.token_ids).rpartition("Score:")
-        prefix, digits = self._score_tokens(head[0] if head[1] else f"{head[2].rstrip()}\n")
+        """One more token after "Score:", for the distribution over the score digits (mode "expected").
+
+        A justification that is longer when encoded again than it was when sampled, and then too long, is left out.
+        """
+        before, mark, text = self.chat.decode(completion.token_ids).rpartition("Score:")
+        prefix, digits = self._score_tokens(before if mark else f"{text.rstrip()}\n")
+        if len(completion.request.prompt_ids) + len(prefix) >= self.max_seq_len:
+            prefix, digits = self._score_tokens("")
         ids = [*completion.request.prompt_ids, *prefix]
         return Request(prompt_ids=ids, max_new_tokens=1, temperature=0.0, logprob_token_ids=digits, metadata=metadata)
 
@@ -89,7 +97,9 @@ class Judge:
         coded = [self.chat.encode_text(f"{text}Score: {digit}") for digit in range(int(self.config.max_score) + 1)]
         prefix, digits = coded[0][:-1], tuple(ids[-1] for ids in coded)
         if any(ids[:-1] != prefix for ids in coded) or len(set(digits)) != len(digits):
-            raise UserError("judge.mode=expected needs score digits of one token each, which this tokenizer has not; use cot")
+            raise UserError(
+                "judge.mode=expected needs score digits of one token each, which this tokenizer has not; use cot"
+            )
         return prefix, digits
 
 

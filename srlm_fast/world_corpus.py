@@ -101,7 +101,16 @@ def human_trees(rng: random.Random, n_prompts: int, *, mean: float, spread: floa
         seen.add(instruction.text)
         tree = f"tree-{len(seen):05d}"
         common = {"lang": "en", "deleted": False, "review_result": True, "message_tree_id": tree}
-        rows.append({"message_id": tree, "parent_id": None, "text": instruction.text, "role": "prompter", "rank": None, **common})
+        rows.append(
+            {
+                "message_id": tree,
+                "parent_id": None,
+                "text": instruction.text,
+                "role": "prompter",
+                "rank": None,
+                **common,
+            }
+        )
         replies = list(dict.fromkeys(w.write(instruction, rng) for w in rng.sample(writers, rng.randint(2, 4))))
         seen_score = {reply: sum(demands_met(instruction, reply)) + rng.gauss(0, rank_noise) for reply in replies}
         for rank, reply in enumerate(sorted(replies, key=lambda r: -seen_score[r])):

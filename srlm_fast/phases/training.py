@@ -13,11 +13,11 @@ from torch import nn
 from srlm_fast import checkpoint
 from srlm_fast.config import TrainConfig
 from srlm_fast.context import Context
+from srlm_fast.model import Llama
 from srlm_fast.packing import Item, split_batch
 from srlm_fast.parallel import shard
 from srlm_fast.phases import PhaseResult
 from srlm_fast.phases.data import sft_items
-from srlm_fast.model import Llama
 from srlm_fast.progress import progress
 from srlm_fast.reference import ReferenceCache, compute
 from srlm_fast.seeds import derive_seed

@@ -1,0 +1,135 @@
+"""The driver: M0 -> SFT baseline -> M1 -> M2 -> M3 ..., the only file that knows the order of the phases.
+
+    prepare            IFT examples; ranked prompts for EFT, divided into train and eval
+    sft/train          SFT baseline: M0 on IFT
+    eft/judge          the baseline judges the ranked replies
+    eft/select         judgements that agree with the humans become EFT examples
+    m1/train           M1: M0 on IFT + EFT
+    mT/prompts         new prompts
+    mT/candidates      M_T answers them and judges its own answers
+    mT/pairs           best answers against worst
+    mT/reference       log-probs of the pairs under M_T
+    m(T+1)/train       DPO from M_T
+    NAME/evaluate      held-out answers and judge metrics of every model
+
+A phase is a function from files to files; the run folder says which are done, and resuming skips those. All ranks run
+this file in step.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from srlm_fast.config import Config, input_paths, results_keys, to_dict
+from srlm_fast.context import Context
+from srlm_fast.errors import Interrupted
+from srlm_fast.parallel import World
+from srlm_fast.phases import PhaseResult, data, evaluation, generation, training
+from srlm_fast.rundir import RunDir, atomic_file, fingerprint
+
+Phase = Callable[[Context], PhaseResult]
+
+
+def phases(iterations: int) -> list[tuple[str, Phase]]:
+    """(name, function) of every phase, in order."""
+
+    def model(name: str, train: Phase) -> list[tuple[str, Phase]]:
+        return [(f"{name}/train", train), (f"{name}/evaluate", partial(evaluation.evaluate, name=name))]
+
+    order: list[tuple[str, Phase]] = [
+        ("prepare", data.prepare),
+        *model("sft", partial(training.sft, name="sft", sources=("data/ift.jsonl",))),
+        ("eft/judge", generation.judge_eft),
+        ("eft/select", generation.select_eft),
+        *model("m1", partial(training.sft, name="m1", sources=("data/ift.jsonl", "eft/train.jsonl"))),
+    ]
+    for t in range(1, iterations + 1):
+        order += [
+            (f"m{t}/prompts", partial(generation.new_prompts, t=t)),
+            (f"m{t}/candidates", partial(generation.candidates, t=t)),
+            (f"m{t}/pairs", partial(generation.make_pairs, t=t)),
+            (f"m{t}/reference", partial(training.reference, t=t)),
+            *model(f"m{t + 1}", partial(training.dpo, t=t)),
+        ]
+    return order
+
+
+def iterate(config: Config, world: World) -> Context:
+    """Run every phase that is not done yet.
+
+    Raises:
+        UserError: for bad input, before any work starts.
+        Interrupted: on SIGTERM or SIGINT, when what is finished has been written.
+    """
+    run = Context(config, world)
+
+    def stop(number: int, frame: Any) -> None:
+        if run.stopping:
+            raise Interrupted(f"stopped at once by a second {signal.Signals(number).name}")
+        run.stopping = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    run.main(lambda: _open(run))
+    for name, phase in phases(config.iterations):
+        _run_phase(run, name, phase)
+    return run
+
+
+def _open(run: Context) -> None:
+    import yaml
+
+    inputs = {key: "+".join(map(fingerprint, paths)) for key, paths in input_paths(run.config).items()}
+    run.run_dir.open(results_keys(run.config), inputs)
+    with atomic_file(run.run_dir / "config.yaml") as file:
+        yaml.safe_dump(to_dict(run.config), file, sort_keys=False)
+
+
+def _run_phase(run: Context, name: str, phase: Phase) -> None:
+    """One phase, unless it is done; recorded when all ranks have finished."""
+    if run.main(lambda: run.run_dir.phase(name)) is not None:
+        return
+    run.check_stop()
+    started = time.perf_counter()
+    outputs, counts = phase(run)
+    run.world.barrier()
+    seconds = time.perf_counter() - started
+
+    def finish() -> None:
+        run.run_dir.finish(name, outputs, seconds, counts)
+        run.run_dir.log({"phase": name, "seconds": round(seconds, 3), **counts})
+        shown = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in counts.items()
+        )
+        print(f"[{seconds:6.1f} s] {name}: {shown}", flush=True)
+
+    run.main(finish)
+
+
+def status(config: Config) -> str:
+    """Where a run is: every phase with its seconds, and how far the one in progress has come. Changes nothing."""
+    run_dir = RunDir(config.run_dir)
+    lines, pending = [], 0
+    for name, _ in phases(config.iterations):
+        record = run_dir.phase(name)
+        if record is not None:
+            lines.append(f"  done     {name:<16} {record['seconds']:9.1f} s")
+            continue
+        pending += 1
+        state, part = ("next", _partial(run_dir, name)) if pending == 1 else ("pending", "")
+        lines.append(f"  {state:<8} {name:<16} {part}".rstrip())
+    return "\n".join([f"{run_dir.path}: {len(lines) - pending} of {len(lines)} phases done", *lines])
+
+
+def _partial(run_dir: RunDir, name: str) -> str:
+    """What an unfinished phase has on disk already."""
+    model, _, kind = name.partition("/")
+    if kind == "train":
+        steps = [path.name for path in (run_dir / f"checkpoints/{model}").glob("step-*")]
+        return f"checkpoint {max(steps, key=lambda s: int(s[5:]))}" if steps else ""
+    shards = list((run_dir / name).glob("shard-*.jsonl"))
+    return f"{len(shards)} shards" if shards else ""

@@ -1,0 +1,230 @@
+"""Generation phases: EFT targets by the SFT baseline; new prompts, judged candidates and pairs by M_t."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from srlm_fast import checkpoint, eft, pairs
+from srlm_fast.context import Context
+from srlm_fast.data import RankedPrompt, read_rows
+from srlm_fast.data.prompts import PromptPool, load_template
+from srlm_fast.engine.base import Request
+from srlm_fast.errors import UserError
+from srlm_fast.judge import Judgement
+from srlm_fast.phases import PhaseResult
+from srlm_fast.progress import progress
+from srlm_fast.rollout import Judge, Reply, answer, judge_replies
+from srlm_fast.rundir import write_jsonl
+from srlm_fast.seeds import derive_seed
+
+
+def judge_ranked(run: Context, name: str, weights: Path, prompts: Sequence[RankedPrompt], judge: Judge) -> list[Path]:
+    """Judgements of every ranked reply by one model; NAME/shard-*.jsonl with {"id", "judgements": [reply][sample]}."""
+    engine = run.engine(weights)
+    seed = derive_seed(run.config.seed, name)
+
+    def work(part: Sequence[RankedPrompt], on_done: Callable[[int], None]) -> list[dict[str, Any]]:
+        replies = {p.id: [Reply(f"{p.id}/{i}", p.prompt, text) for i, (text, _) in enumerate(p.replies)] for p in part}
+        flat = [reply for group in replies.values() for reply in group]
+        judged = judge_replies(engine, judge, flat, seed, on_done=lambda n: on_done(0))
+        on_done(len(part))
+        return [{"id": p.id, "judgements": [[asdict(j) for j in judged[r.id]] for r in replies[p.id]]} for p in part]
+
+    return run.shards(name, prompts, work)
+
+
+def judge_eft(run: Context) -> PhaseResult:
+    """The SFT baseline writes eft.attempts judgements of every ranked reply; eft/judge/shard-*.jsonl."""
+    config = run.config
+    judge = Judge(run.chat, replace(config.judge, mode="cot"), config.model.max_seq_len, n=config.eft.attempts)
+    prompts = run.ranked("data/eft_train.jsonl")
+    files = judge_ranked(run, "eft/judge", run.weights("sft"), prompts, judge)
+    return files, {"prompts": len(prompts), "replies": sum(len(p.replies) for p in prompts)}
+
+
+def select_eft(run: Context) -> PhaseResult:
+    """Judgements that agree with the human ranking, thinned of the most common score; eft/train.jsonl."""
+    options = run.config.eft
+    path = run.run_dir / "eft/train.jsonl"
+
+    def select() -> dict[str, Any]:
+        judged = {row["id"]: row["judgements"] for row in shard_rows(run, "eft/judge")}
+        accepted = []
+        for prompt in run.ranked("data/eft_train.jsonl"):
+            attempts = zip(*([Judgement(**j) for j in of_reply] for of_reply in judged[prompt.id]))
+            accepted += eft.accept(
+                prompt, attempts, scope=options.scope, ties=options.ties, template=run.judge.template
+            )
+        seed = derive_seed(run.config.seed, "eft/select")
+        kept, histograms = eft.resample(
+            accepted, max_share=options.max_share, max_examples=options.max_examples, seed=seed
+        )
+        if not kept:
+            print(
+                "eft/select: no judgement of the SFT baseline agrees with the humans; M1 learns from IFT alone",
+                flush=True,
+            )
+        write_jsonl(path, (asdict(row.example) for row in kept))
+        return {"accepted": len(accepted), "kept": len(kept), "scores": histograms["after"]}
+
+    return [path], run.main(select)
+
+
+def new_prompts(run: Context, t: int) -> PhaseResult:
+    """Self-Instruct prompts that resemble neither IFT, nor held-out, nor earlier ones; mT/prompts.jsonl.
+
+    Completions are kept round by round (mT/prompts/round-*.jsonl); a restart replays the rounds it finds.
+    """
+    options, name = run.config.prompts, f"m{t}/prompts"
+    source = {"current": f"m{t}"}.get(options.generator, options.generator)
+    engine = run.engine(run.weights(source) if source in ("base", "sft", f"m{t}") else Path(source))
+    pool = _pool(run, t)
+    asked = rounds = 0
+    with progress(name, options.count, unit="prompts", enabled=run.world.is_main) as advance:
+        while len(pool.accepted) < options.count and asked < options.max_requests * options.count:
+            indices = range(asked, asked + options.requests_per_round)
+            for text, finish_reason in _round(
+                run, engine, pool, indices, run.run_dir / f"{name}/round-{rounds:04d}.jsonl"
+            ):
+                advance(len(pool.add(text, finish_reason)))
+            asked, rounds = indices.stop, rounds + 1
+    counts = {rule: n for rule, n in pool.counts.items() if n}
+    if len(pool.accepted) < options.count:
+        raise UserError(
+            f"{name}: {asked} completions gave only {len(pool.accepted)} of {options.count} prompts ({counts}); lower "
+            "prompts.count, raise prompts.rouge_threshold or prompts.max_requests, or use another prompts.generator"
+        )
+    rows = [{"id": f"m{t}-{i:06d}", "prompt": text} for i, text in enumerate(pool.accepted[: options.count])]
+    path = run.run_dir / f"{name}.jsonl"
+    run.main(lambda: write_jsonl(path, rows))
+    return [path], counts
+
+
+def _pool(run: Context, t: int) -> PromptPool:
+    options = run.config.prompts
+    keys = (
+        "ift_shots",
+        "generated_shots",
+        "min_words",
+        "max_words",
+        "blacklist",
+        "forbidden_starts",
+        "rouge_threshold",
+    )
+    seeds = [example.prompt for example in run.examples("data/ift.jsonl")]
+    known = [row["prompt"] for earlier in range(1, t) for row in run.rows(f"m{earlier}/prompts.jsonl")]
+    known += [row["prompt"] for row in run.held_out()]
+    return PromptPool(
+        seeds,
+        known=known,
+        template=load_template(options.shots_template),
+        seed=derive_seed(run.config.seed, f"m{t}/prompts"),
+        **{key: getattr(options, key) for key in keys},
+    )
+
+
+def _round(run: Context, engine: Any, pool: PromptPool, indices: range, file: Path) -> list[tuple[str, str]]:
+    """(text, finish reason) of the completions of one round, from its file or shared out among the ranks.
+
+    A request whose demonstrations are too long for model.max_seq_len is left out.
+    """
+    if run.main(file.exists):
+        return [(row["text"], row["finish_reason"]) for _, row in read_rows(file)]
+    options = run.config.prompts
+    last_item = re.compile(
+        rf"\n\s*{options.ift_shots + options.generated_shots + options.prompts_per_request + 1}[.):]"
+    )
+    coded = {i: run.tokenizer.encode(pool.request(i), bos=True) for i in indices[run.world.rank :: run.world.size]}
+    requests = [
+        Request(
+            prompt_ids=ids,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            max_new_tokens=options.max_new_tokens,
+            seed=derive_seed(pool.seed, i),
+            stop_ids=run.chat.stop_ids,
+            metadata=i,
+        )
+        for i, ids in coded.items()
+        if len(ids) + options.max_new_tokens <= run.config.model.max_seq_len
+    ]
+    done = {}
+    for completion in engine.stream(requests):
+        run.check_stop()
+        text, *rest = last_item.split(run.chat.decode(completion.token_ids), maxsplit=1)
+        whole = rest or not options.drop_cut_off
+        done[completion.request.metadata] = (text, "stop" if whole else completion.finish_reason)
+    everything = {i: result for part in run.world.gather(done) for i, result in part.items()}
+    ordered = [everything[i] for i in indices if i in everything]
+    run.main(lambda: write_jsonl(file, ({"text": text, "finish_reason": reason} for text, reason in ordered)))
+    return ordered
+
+
+def candidates(run: Context, t: int) -> PhaseResult:
+    """M_t answers the new prompts and judges its answers; mT/candidates/shard-*.jsonl."""
+    config, name = run.config, f"m{t}/candidates"
+    engine = run.engine(run.weights(f"m{t}"))
+    seed = derive_seed(config.seed, name)
+
+    def work(prompts: Sequence[dict[str, str]], on_done: Callable[[int], None]) -> list[dict[str, Any]]:
+        return answer(
+            engine,
+            run.chat,
+            config.candidates,
+            prompts,
+            seed,
+            config.model.max_seq_len,
+            judge=run.judge,
+            on_done=on_done,
+        )
+
+    files = run.shards(name, run.rows(f"m{t}/prompts.jsonl"), work)
+    answers = [candidate for row in shard_rows(run, name) for candidate in row["candidates"]]
+    judgements = [j for candidate in answers for j in candidate["judgements"]]
+    return files, {
+        "candidates": len(answers),
+        "mean_score": _mean([c["score"] for c in answers if c["score"] is not None]),
+        "unparsable": _mean([j["score"] is None for j in judgements]),
+        "truncated": _mean([c["finish_reason"] == "length" for c in answers]),
+        "mean_tokens": _mean([len(c["token_ids"]) for c in answers]),
+        "scores": dict(sorted(Counter(round(j["score"]) for j in judgements if j["score"] is not None).items())),
+    }
+
+
+def make_pairs(run: Context, t: int) -> PhaseResult:
+    """Best against worst answer of every prompt; mT/pairs.jsonl."""
+    options = run.config.pairs
+    path = run.run_dir / f"m{t}/pairs.jsonl"
+
+    def make() -> dict[str, Any]:
+        rows, counts = pairs.make_pairs(
+            shard_rows(run, f"m{t}/candidates"),
+            weights_id=checkpoint.weights_id(run.weights(f"m{t}")),
+            ties=options.ties,
+            keep_truncated=options.keep_truncated,
+            seed=derive_seed(run.config.seed, f"m{t}/pairs"),
+        )
+        if not rows:
+            raise UserError(
+                f"m{t}/pairs: no prompt gave a pair ({counts}); if most judgements are unparsable the model needs more "
+                "EFT data or judge.mode=expected, if most scores are equal more candidates"
+            )
+        write_jsonl(path, rows)
+        return counts
+
+    return [path], run.main(make)
+
+
+def shard_rows(run: Context, name: str) -> list[dict[str, Any]]:
+    """The rows of all shards of a phase, in order."""
+    files = sorted((run.run_dir / name).glob("shard-*.jsonl"))
+    return [row for file in files for _, row in read_rows(file)]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(sum(values) / len(values), 4) if values else None

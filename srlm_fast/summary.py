@@ -1,0 +1,96 @@
+"""The table at the end of a run: one row per model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from srlm_fast.context import Context
+from srlm_fast.rundir import write_json
+
+COLUMNS = {
+    "model": "",
+    "quality": "true quality of held-out answers, 0 to 5",
+    "pairwise": "judge: pairwise accuracy",
+    "5-best": "judge: share of its 5/5 that are ranked first",
+    "exact": "judge: exact match of the order",
+    "Spearman": "judge: rank correlation",
+    "Kendall": "judge: tau-b",
+    "unparsable": "share of judgements without a readable score",
+    "ties": "judge: share of equal scores",
+    "characters": "mean length of held-out answers",
+    "pairs": "preference pairs the model was trained on",
+    "right": "share of those pairs that the truth orders the same way",
+}
+"""Columns of the table and of summary.json, with their meaning."""
+
+
+def summarize(run: Context) -> list[dict[str, Any]]:
+    """One row per trained model, with the keys of `COLUMNS`; None where something was not measured."""
+    rows = []
+    for t, name in enumerate(["sft", *(f"m{t}" for t in range(1, run.config.iterations + 2))], start=-1):
+        metrics = json.loads((run.run_dir / f"{name}/metrics.json").read_text(encoding="utf-8"))
+        judge = metrics.get("judge_truth", metrics["judge"])
+        pairs = run.rows(f"m{t}/pairs.jsonl") if t >= 1 else []
+        rows.append(
+            {
+                "model": name.upper(),
+                "quality": metrics.get("true_quality"),
+                "pairwise": judge["pairwise_accuracy"],
+                "5-best": judge["five_best"],
+                "exact": judge["exact_match"],
+                "Spearman": judge["spearman"],
+                "Kendall": judge["kendall"],
+                "unparsable": metrics["unparsable_judgements"],
+                "ties": judge["tie_rate"],
+                "characters": metrics.get("answer_characters"),
+                "pairs": len(pairs) or None,
+                "right": _share_right(run, pairs),
+            }
+        )
+    return rows
+
+
+def _share_right(run: Context, pairs: list[dict[str, Any]]) -> float | None:
+    """Among the pairs whose answers differ in true quality, those in which the chosen one is better."""
+    if run.config.evaluate.truth is None:
+        return None
+    from srlm_fast.phases.evaluation import TRUTHS
+
+    truth = TRUTHS[run.config.evaluate.truth]
+    scores = [(truth(p["prompt"], p["chosen"]), truth(p["prompt"], p["rejected"])) for p in pairs]
+    decided = [
+        (chosen, rejected) for chosen, rejected in scores if None not in (chosen, rejected) and chosen != rejected
+    ]
+    return sum(chosen > rejected for chosen, rejected in decided) / len(decided) if decided else None
+
+
+def print_summary(run: Context) -> None:
+    """Print the table and write summary.json."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = summarize(run)
+    write_json(run.run_dir / "summary.json", rows)
+    against = "the exact scores" if run.config.evaluate.truth else "the human ranks"
+    table = Table(title=f"{run.run_dir.path}: judges measured against {against}")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        table.add_row(*(_shown(column, row[column]) for column in COLUMNS))
+    console = Console(width=None if sys.stdout.isatty() else 128)
+    console.print(table)
+    for column, meaning in COLUMNS.items():
+        if meaning:
+            console.print(f"  {column}: {meaning}", style="dim", highlight=False)
+
+
+def _shown(column: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str | int):
+        return str(value)
+    if column in ("quality", "Spearman", "Kendall"):
+        return f"{value:.2f}"
+    return f"{value:.0f}" if column == "characters" else f"{100 * value:.1f} %"

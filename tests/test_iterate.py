@@ -1,0 +1,229 @@
+"""The driver through real processes: every phase, one rank and two, killed in every phase, bad input, status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from srlm_fast.config import load_config
+from srlm_fast.iterate import phases, status
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = str(ROOT / "scripts/iterate.py")
+SMALL = [
+    "oasst.ift_examples=64",
+    "oasst.eft_share=0.04",
+    "evaluate.n=1",
+    "evaluate.bootstrap=20",
+    "judge.n=1",
+    "eft.attempts=1",
+    "prompts.count=12",
+    "prompts.requests_per_round=4",
+    "candidates.shard_size=6",
+    "sft.epochs=1",
+    "sft.max_steps=4",
+    "dpo.max_steps=3",
+    "dpo.batch_size=4",
+    "sft.checkpoint_every=1",
+    "dpo.checkpoint_every=1",
+]
+
+
+def command(run_dir: Path, *overrides: str, ranks: int = 0, config: str = "tiny") -> list[str]:
+    """ranks 0: a plain process; else torchrun with that many."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    small = SMALL if config == "tiny" else []
+    return [
+        sys.executable,
+        *launcher,
+        SCRIPT,
+        "--config",
+        str(ROOT / f"configs/{config}.yaml"),
+        f"run_dir={run_dir}",
+        *small,
+        *overrides,
+    ]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run(arguments: list[str], timeout: float = 280) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+
+
+def model_names(iterations: int = 2) -> list[str]:
+    return ["sft", *(f"m{t}" for t in range(1, iterations + 2))]
+
+
+def weights(run_dir: Path, name: str) -> dict:
+    return load_file(run_dir / f"models/{name}/model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    for name in model_names():
+        expected, found = weights(one, name), weights(other, name)
+        assert expected.keys() == found.keys()
+        for tensor in expected:
+            assert (expected[tensor] == found[tensor]).all(), f"{name}: {tensor}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("iterate") / "undisturbed"
+    done = run(command(run_dir))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run_dir.parent / "stdout").write_text(done.stdout)
+    return run_dir
+
+
+@pytest.mark.slow
+def test_every_phase_leaves_its_files(undisturbed):
+    for name, _ in phases(2):
+        record = json.loads((undisturbed / f"phases/{name}.json").read_text())
+        assert record["outputs"] and all((undisturbed / file).stat().st_size for file in record["outputs"])
+    for t in (1, 2):
+        prompts = [json.loads(line) for line in (undisturbed / f"m{t}/prompts.jsonl").read_text().splitlines()]
+        assert len({row["prompt"] for row in prompts}) == len(prompts) == 12
+        pairs = [json.loads(line) for line in (undisturbed / f"m{t}/pairs.jsonl").read_text().splitlines()]
+        assert pairs and all(pair["chosen_score"] > pair["rejected_score"] for pair in pairs)
+    steps = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    dpo = [row for row in steps if row["phase"] == "m2/train" and "rewards/margins" in row]
+    assert len(dpo) == 3 and {"loss", "lr", "grad_norm", "tokens_per_second", "rewards/accuracies"} <= dpo[0].keys()
+
+
+@pytest.mark.slow
+def test_the_table_names_every_model(undisturbed):
+    table = (undisturbed.parent / "stdout").read_text()
+    for name in model_names():
+        assert name.upper() in table
+    assert "quality" in table and "pairwise" in table
+
+
+@pytest.mark.slow
+def test_iterations_train_and_differ(undisturbed):
+    models = {name: weights(undisturbed, name) for name in model_names()}
+    for one, other in (("sft", "m1"), ("m1", "m2"), ("m2", "m3")):
+        assert any((models[one][k] != models[other][k]).any() for k in models[one])
+
+
+@pytest.mark.slow
+def test_models_load_in_transformers(undisturbed):
+    transformers = pytest.importorskip("transformers", reason="transformers is the reference")
+    model = transformers.AutoModelForCausalLM.from_pretrained(undisturbed / "models/m3")
+    assert model.config.model_type == "llama"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_in_every_phase_ends_with_the_same_weights(undisturbed, tmp_path):
+    """SIGKILL while each phase is under way, sooner or later in it, then the same command again."""
+    run_dir = tmp_path / "killed"
+    names = [name for name, _ in phases(2)]
+    killed = set()
+    for i, name in enumerate(names):
+        before = run_dir / f"phases/{names[i - 1]}.json" if i else run_dir / "run.json"
+        process = subprocess.Popen(
+            command(run_dir), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while not before.exists() and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep((0.0, 0.1, 0.3)[i % 3])
+        if not (run_dir / f"phases/{name}.json").exists():
+            killed.add(name)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert len(killed) >= 0.6 * len(names), f"the kills came too late: {killed}"
+    done = run(command(run_dir))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_weights(undisturbed, run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_two_ranks_with_a_stop_in_between(tmp_path):
+    """FSDP2 on two ranks; SIGTERM on the way saves what is done; the end is that of an undisturbed run."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    done = run(command(whole, ranks=2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.Popen(
+        command(stopped, ranks=2), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (stopped / "phases/m1/pairs.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    process.wait(timeout=60)
+    assert not (stopped / "phases/m3/train.json").exists()
+    done = run(command(stopped, ranks=2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_weights(whole, stopped)
+
+
+@pytest.mark.slow
+def test_finished_run_does_nothing_again_and_status_says_so(undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in (undisturbed / "models").rglob("*")}
+    done = run(command(undisturbed))
+    assert done.returncode == 0 and "M3" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (undisturbed / "models").rglob("*")}
+    shown = run([*command(undisturbed), "--status"])
+    assert f"{len(phases(2))} of {len(phases(2))} phases done" in shown.stdout
+
+
+@pytest.mark.slow
+def test_more_iterations_go_on_from_a_finished_run(undisturbed):
+    config = load_config(ROOT / "configs/tiny.yaml", [f"run_dir={undisturbed}", *SMALL, "iterations=3"])
+    assert "next     m3/prompts" in status(config)
+
+
+@pytest.mark.slow
+def test_other_keys_are_refused_by_name(undisturbed):
+    done = run(command(undisturbed, "dpo.beta=0.5"))
+    assert done.returncode == 2 and "dpo.beta: was 0.1, now 0.5" in done.stderr
+
+
+@pytest.mark.slow
+def test_real_oasst_through_every_phase(tmp_path, shared_data):
+    shared_data("oasst1/oasst1-en-validation.jsonl")
+    done = run(command(tmp_path / "smoke", config="oasst_smoke"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, _ in phases(1):
+        assert (tmp_path / f"smoke/phases/{name}.json").exists()
+    counts = json.loads((tmp_path / "smoke/phases/prepare.json").read_text())["counts"]
+    assert counts["deleted"] == 40 and counts["orphaned"] == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.path=nowhere"], "model.path: .*nowhere does not exist"),
+        (["oasst.paths=nowhere.jsonl"], "oasst.paths: .*nowhere.jsonl does not exist"),
+        (["dpo.betta=1"], "did you mean 'dpo.beta'"),
+        (["dpo.tokens_per_microbatch=20"], "smaller than the longest pair"),
+        (["model.path=tests"], "config.json"),
+        (["model.tokenizer=tests/not_a_tokenizer.model"], "not_a_tokenizer.model"),
+        (
+            ["model.max_seq_len=100000", "sft.tokens_per_microbatch=200000", "dpo.tokens_per_microbatch=200000"],
+            "max_position_embeddings",
+        ),
+        (["oasst.paths=tests/empty.jsonl"], "empty"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, overrides, says):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/not_a_tokenizer.model").write_bytes(b"123")
+    (tmp_path / "tests/empty.jsonl").write_text("")
+    done = run(command(tmp_path / "run", *overrides))
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and re.search(says, lines[0]), done.stderr
+    assert not (tmp_path / "run/models").exists()
