@@ -57,7 +57,9 @@ class LlamaConfig:
             raise UserError(f"config.json: head_dim={self.head_dim} is odd, rotary embedding needs an even one")
         rope_type = _rope_type(self.rope_scaling)
         if rope_type not in ("default", "linear", "llama3"):
-            raise UserError(f"config.json: rope_scaling type {rope_type!r} is not supported (default, linear, llama3 are)")
+            raise UserError(
+                f"config.json: rope_scaling type {rope_type!r} is not supported (default, linear, llama3 are)"
+            )
 
     @classmethod
     def named(cls, name: str) -> LlamaConfig:

@@ -23,7 +23,14 @@ def progress(name: str, total: int, *, unit: str, enabled: bool = True) -> Itera
 
 def _bar(name: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:<18}"),
@@ -58,7 +65,11 @@ def _lines(name: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
             last = now
             rate = done / (now - started)
             remaining = max(0, total - done) / rate if rate else 0.0
-            print(f"{name}: {done}/{total}, {rate:.1f} {unit}/s, {remaining:.0f} s left {text}", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {done}/{total}, {rate:.1f} {unit}/s, {remaining:.0f} s left {text}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     yield advance
     seconds = time.perf_counter() - started

@@ -88,7 +88,11 @@ class ReferenceCache:
         from srlm_fast.rundir import atomic_file
 
         ordered = sorted(self._values)
-        keys = torch.frombuffer(bytearray(b"".join(ordered)), dtype=torch.uint8) if ordered else torch.zeros(0, dtype=torch.uint8)
+        keys = (
+            torch.frombuffer(bytearray(b"".join(ordered)), dtype=torch.uint8)
+            if ordered
+            else torch.zeros(0, dtype=torch.uint8)
+        )
         logps = torch.tensor([self._values[k] for k in ordered], dtype=torch.float32)
         metadata = {"format": "srlm-reference", "version": "1", "weights_id": self.weights_id}
         with atomic_file(path, "wb") as file:
@@ -110,7 +114,9 @@ class ReferenceCache:
                     raise UserError(f"{path} is no reference cache of version 1; delete it and compute it again")
                 keys, logps = file.get_tensor("keys"), file.get_tensor("logps")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read the reference cache {path}: {error}; delete it and compute it again") from None
+            raise UserError(
+                f"cannot read the reference cache {path}: {error}; delete it and compute it again"
+            ) from None
         raw = keys.numpy().tobytes()
         split = [raw[i : i + _KEY_BYTES] for i in range(0, len(raw), _KEY_BYTES)]
         return cls(metadata["weights_id"], dict(zip(split, logps.tolist(), strict=True)))

@@ -46,7 +46,9 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or fix permissions, then start again") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or fix permissions, then start again"
+        ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -141,7 +143,9 @@ class RunDir:
             changed = [n for n in names if old[part].get(n) != record[part].get(n)]
             if changed:
                 what = "; ".join(f"{n}: was {old[part].get(n)!r}, now {record[part].get(n)!r}" for n in changed[:3])
-                raise UserError(f"{self.path} was started with other {part} ({what}); restore them or choose another run_dir")
+                raise UserError(
+                    f"{self.path} was started with other {part} ({what}); restore them or choose another run_dir"
+                )
 
     def phase(self, name: str) -> dict[str, Any] | None:
         """What was recorded when the phase was done; None if it is not done or its files are gone or changed."""
@@ -165,7 +169,13 @@ class RunDir:
                 size = file.stat().st_size
                 sha = digest(file) if size <= _DIGEST_LIMIT else None
                 files[str(file.relative_to(self.path))] = {"bytes": size, "sha256": sha}
-        record = {"phase": name, "seconds": round(seconds, 3), "finished": time.time(), "counts": counts, "outputs": files}
+        record = {
+            "phase": name,
+            "seconds": round(seconds, 3),
+            "finished": time.time(),
+            "counts": counts,
+            "outputs": files,
+        }
         write_json(self / f"phases/{name}.json", record)
 
     def log(self, record: dict[str, Any]) -> None:

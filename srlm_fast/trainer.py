@@ -132,7 +132,11 @@ class Trainer:
                 metrics, stop = self._step(step)
                 self.on_step(metrics)
                 done = step + 1
-                if done < self.total_steps and self.checkpoint_dir and (stop or done % self.config.checkpoint_every == 0):
+                if (
+                    done < self.total_steps
+                    and self.checkpoint_dir
+                    and (stop or done % self.config.checkpoint_every == 0)
+                ):
                     self._save(done)
                 if stop and done < self.total_steps:
                     raise Interrupted(f"stopped after step {done} of {self.total_steps}")
@@ -154,7 +158,9 @@ class Trainer:
     def _step(self, step: int) -> tuple[dict[str, float], bool]:
         started = time.perf_counter()
         batch = self._batch(step)
-        micro_batches = split_batch([self.items[i].n_tokens for i in batch], self.config.tokens_per_microbatch, self.world.size)
+        micro_batches = split_batch(
+            [self.items[i].n_tokens for i in batch], self.config.tokens_per_microbatch, self.world.size
+        )
         count = self._count(batch)
         totals: dict[str, torch.Tensor] = {}
         for number, per_rank in enumerate(micro_batches):
@@ -169,11 +175,13 @@ class Trainer:
         grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         names = sorted(totals)
         sums = self.world.sum([float(self.should_stop()), *(float(totals[name]) for name in names)])
-        metrics = {name: value / (1 if name == "loss" else len(batch)) for name, value in zip(names, sums[1:], strict=True)}
+        metrics = {
+            name: value / (1 if name == "loss" else len(batch)) for name, value in zip(names, sums[1:], strict=True)
+        }
         if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
             raise UserError(
-                f"{self.config.loss} step {step + 1}: loss is {metrics['loss']}, gradient norm {grad_norm}; nothing was "
-                "updated with it. Lower the learning rate or look at the data; the last checkpoint is kept"
+                f"{self.config.loss} step {step + 1}: loss is {metrics['loss']}, gradient norm {grad_norm}; nothing "
+                "was updated with it. Lower the learning rate or look at the data; the last checkpoint is kept"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -215,7 +223,9 @@ class Trainer:
         try:
             dcp.save(self._state(), checkpoint_id=temporary, no_dist=self.world.size == 1)
         except (OSError, CheckpointException) as error:
-            raise UserError(f"cannot write a training checkpoint below {self.checkpoint_dir}: {_cause(error)}") from error
+            raise UserError(
+                f"cannot write a training checkpoint below {self.checkpoint_dir}: {_cause(error)}"
+            ) from error
         self.world.barrier()
         if self.world.is_main:
             older = self._checkpoints()
@@ -238,6 +248,8 @@ class Trainer:
         try:
             dcp.load(state, checkpoint_id=newest, no_dist=self.world.size == 1)
         except (Exception, CheckpointException) as error:
-            raise UserError(f"cannot resume from {newest}: {_cause(error)}; delete that folder to train from the start") from error
+            raise UserError(
+                f"cannot resume from {newest}: {_cause(error)}; delete that folder to train from the start"
+            ) from error
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         return int(newest.name.partition("-")[2])

@@ -42,7 +42,30 @@ def test_defaults_are_the_papers():
         config.model.dropout,
         config.iterations,
     )
-    assert values == (3200, 1630, 4, 0.7, 0.9, 3, 0.7, 0.9, 0.6, 0.9, 6, 2, 5.5e-6, 1.1e-6, "cosine", 16, 1e-6, 1e-7, 16, 0.1, 0.1, 2)
+    assert values == (
+        3200,
+        1630,
+        4,
+        0.7,
+        0.9,
+        3,
+        0.7,
+        0.9,
+        0.6,
+        0.9,
+        6,
+        2,
+        5.5e-6,
+        1.1e-6,
+        "cosine",
+        16,
+        1e-6,
+        1e-7,
+        16,
+        0.1,
+        0.1,
+        2,
+    )
     config.validate()
 
 
@@ -71,7 +94,9 @@ def test_bad_values_are_refused_by_name(override, says):
         load_config(None, [override])
 
 
-@pytest.mark.parametrize(("text", "says"), [("a: [", "not valid YAML"), ("- 1", "must hold a mapping"), ("dpo: 3", "section")])
+@pytest.mark.parametrize(
+    ("text", "says"), [("a: [", "not valid YAML"), ("- 1", "must hold a mapping"), ("dpo: 3", "section")]
+)
 def test_bad_files_are_refused(tmp_path, text, says):
     file = tmp_path / "bad.yaml"
     file.write_text(text)

@@ -21,7 +21,9 @@ def make(n, d, v, dtype, scale=1.0):
 
 
 @pytest.mark.parametrize(("n", "d", "v"), [(1, 3, 2), (17, 8, 101), (64, 32, 1000)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
+)
 @pytest.mark.parametrize("budget", [1 << 30, 4096])
 def test_value_and_gradients(n, d, v, dtype, tolerance, budget):
     x, weight, target, upstream = make(n, d, v, dtype)

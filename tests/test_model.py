@@ -76,7 +76,9 @@ def test_gradients_equal_transformers():
     reference(ids[None], labels=ids[None]).loss.backward()
     segments = Segments.causal([40])
     rows = torch.arange(39)
-    logps = ours(ids, torch.arange(40), lambda _, q, k, v: varlen_attention(q, k, v, segments), rows=rows, targets=ids[1:])
+    logps = ours(
+        ids, torch.arange(40), lambda _, q, k, v: varlen_attention(q, k, v, segments), rows=rows, targets=ids[1:]
+    )
     (-logps.mean()).backward()
     expected = dict(reference.named_parameters())
     for name, p in ours.named_parameters():
@@ -93,7 +95,12 @@ def test_config_round_trip_through_transformers(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "n_parameters"),
-    [("llama2-7b", 6_738_415_616), ("llama2-13b", 13_015_864_320), ("llama2-70b", 68_976_648_192), ("llama3-8b", 8_030_261_248)],
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("llama2-13b", 13_015_864_320),
+        ("llama2-70b", 68_976_648_192),
+        ("llama3-8b", 8_030_261_248),
+    ],
 )
 def test_named_sizes_have_the_published_parameter_counts(name, n_parameters):
     with torch.device("meta"):
@@ -116,7 +123,9 @@ def test_dropout_acts_in_training_only_and_on_both_branches():
     assert torch.equal(first, packed_logits(model, ids)[0])
     for block in model.model.layers:
         torch.nn.init.zeros_(block.mlp.down_proj.weight)
-    assert not torch.allclose(packed_logits(model, ids)[0], packed_logits(model, ids)[0]), "attention branch has no dropout"
+    assert not torch.allclose(packed_logits(model, ids)[0], packed_logits(model, ids)[0]), (
+        "attention branch has no dropout"
+    )
 
 
 @pytest.mark.parametrize(

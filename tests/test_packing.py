@@ -91,7 +91,9 @@ def test_split_covers_every_item_once_within_budget(world_size, n):
     assert sorted(flat) == list(range(n))
     assert all(sum(sizes[i] for i in indices) <= 100 for per_rank in plan for indices in per_rank)
     if n >= len(plan) * world_size:
-        assert all(indices for per_rank in plan for indices in per_rank), "a rank idles although there are items for all"
+        assert all(indices for per_rank in plan for indices in per_rank), (
+            "a rank idles although there are items for all"
+        )
 
 
 def test_item_above_the_budget_is_refused_before_work():

@@ -88,7 +88,9 @@ def test_resumed_equals_undisturbed_bit_for_bit(tmp_path, loss):
     expected, expected_steps = run(loss, dropout=0.1)
     steps: list[dict] = []
     with pytest.raises(Interrupted):
-        build(loss, dropout=0.1, checkpoint_dir=tmp_path, on_step=steps.append, should_stop=lambda: len(steps) == 2).fit()
+        build(
+            loss, dropout=0.1, checkpoint_dir=tmp_path, on_step=steps.append, should_stop=lambda: len(steps) == 2
+        ).fit()
     assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
     resumed = build(loss, dropout=0.1, checkpoint_dir=tmp_path, on_step=steps.append)
     with torch.no_grad():

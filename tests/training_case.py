@@ -71,17 +71,24 @@ def options(loss: str, **changes) -> TrainConfig:
     )
 
 
-def build(loss: str, world: World | None = None, dropout: float = 0.0, n: int = 24, changes: dict | None = None, **arguments) -> Trainer:
+def build(
+    loss: str, world: World | None = None, dropout: float = 0.0, n: int = 24, changes: dict | None = None, **arguments
+) -> Trainer:
     items = make_items(n, 2 if loss == "dpo" else 1)
     model = make_model(dropout)
     if world is not None:
         model = shard(model, world)
     reference = make_reference(items) if loss == "dpo" else None
-    return Trainer(model, items, options(loss, **(changes or {})), reference=reference, world=world, seed=5, **arguments)
+    return Trainer(
+        model, items, options(loss, **(changes or {})), reference=reference, world=world, seed=5, **arguments
+    )
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for name, p in model.named_parameters()}
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
 
 
 if __name__ == "__main__":
