@@ -20,6 +20,7 @@ from srlm_fast.world import (
     true_score,
     write_answer,
 )
+from srlm_fast.world_corpus import human_trees, sample_answer
 
 OWLS = Instruction("birds", 4, "owl", descending=False, closing="bye")
 
@@ -37,9 +38,7 @@ def test_every_phrasing_reads_back(phrasing):
     rng = random.Random(phrasing)
     for _ in range(200):
         drawn = sample_instruction(rng)
-        instruction = Instruction(
-            drawn.category, drawn.count, drawn.word, drawn.descending, drawn.closing, phrasing
-        )
+        instruction = Instruction(drawn.category, drawn.count, drawn.word, drawn.descending, drawn.closing, phrasing)
         assert parse_instruction(instruction.text) == instruction
 
 
@@ -68,16 +67,16 @@ def test_rejects_what_is_not_of_the_world(text):
 @pytest.mark.parametrize(
     ("answer", "met"),
     [
-        ("dove, eagle, owl, swan. bye", (1, 1, 1, 1, 1)),
-        ("Dove, eagle, owl, swan, bye", (1, 1, 1, 1, 1)),
-        ("swan, owl, eagle, dove. bye", (1, 1, 1, 0, 1)),
-        ("dove, eagle, owl, trout. bye", (0, 1, 1, 1, 1)),
-        ("dove, owl, owl, swan. bye", (0, 1, 1, 1, 1)),
+        ("dove, eagle, owl, raven. bye", (1, 1, 1, 1, 1)),
+        ("Dove, eagle, owl, raven, bye", (1, 1, 1, 1, 1)),
+        ("raven, owl, eagle, dove. bye", (1, 1, 1, 0, 1)),
+        ("dove, eagle, owl, shark. bye", (0, 1, 1, 1, 1)),
+        ("dove, owl, owl, raven. bye", (1, 1, 1, 0, 1)),
         ("dove, eagle, owl. bye", (1, 0, 1, 1, 1)),
-        ("dove, eagle, robin, swan. bye", (1, 1, 0, 1, 1)),
-        ("dove, eagle, owl, swan. cheers", (1, 1, 1, 1, 0)),
-        ("dove, eagle, owl, swan.", (1, 1, 1, 1, 0)),
-        ("dove, eagle, owl, swan. bye bye", (0, 0, 1, 0, 0)),
+        ("dove, eagle, hawk, raven. bye", (1, 1, 0, 1, 1)),
+        ("dove, eagle, owl, raven. cheers", (1, 1, 1, 1, 0)),
+        ("dove, eagle, owl, raven.", (1, 1, 1, 1, 0)),
+        ("dove, eagle, owl, raven. bye bye", (0, 0, 1, 0, 0)),
         ("bye", (0, 0, 0, 0, 1)),
         ("owl. bye", (1, 0, 1, 0, 1)),
         ("", (0, 0, 0, 0, 0)),
@@ -107,21 +106,64 @@ def test_skill_is_the_rate_of_met_demands():
     assert rates == pytest.approx(skill, abs=0.03)
 
 
-def test_judge_text_states_the_truth():
-    text = judge_text(OWLS, "trout, owl, eagle. bye")
-    assert text == (
-        "All birds: no. 3 of 4: no. Has owl: yes. Goes a to z: no. Ends with bye: yes.\nScore: 2"
-    )
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (
+            "shark, owl, dragon. bye",
+            "1 shark fish 2 owl birds down 3 dragon things down. "
+            "birds no, 4 no, owl yes, a to z no, bye yes.\nScore: 2",
+        ),
+        (
+            "dove, eagle, eagle, owl.",
+            "1 dove birds 2 eagle birds up 3 eagle birds same 4 owl birds up. "
+            "birds yes, 4 yes, owl yes, a to z no, bye no.\nScore: 3",
+        ),
+    ],
+)
+def test_judge_text_states_the_truth(answer, text):
+    assert judge_text(OWLS, answer) == text
 
 
 def test_judge_errs_at_the_rate_asked_for_and_sums_its_own_verdicts():
     rng = random.Random(0)
     wrong = 0
     for _ in range(2000):
-        instruction = sample_instruction(rng)
-        answer = Writer.sample(rng).write(instruction, rng)
+        instruction, answer = sample_answer(rng)
         text = judge_text(instruction, answer, rng, error=0.1)
-        verdicts = [verdict == "yes" for verdict in re.findall(r": (yes|no)\.", text)]
+        verdicts = [verdict == "yes" for verdict in re.findall(r" (yes|no)[,.]", text)]
         assert text.endswith(f"Score: {sum(verdicts)}")
         wrong += sum(v != m for v, m in zip(verdicts, demands_met(instruction, answer), strict=True))
     assert wrong / 10000 == pytest.approx(0.1, abs=0.015)
+
+
+def test_answers_of_the_corpus_are_of_every_quality():
+    rng = random.Random(0)
+    scores = [sum(demands_met(*sample_answer(rng))) for _ in range(3000)]
+    assert [scores.count(score) / 3000 for score in range(6)] == pytest.approx([1 / 6] * 6, abs=0.03)
+
+
+def test_human_trees_are_oasst_rows_ranked_by_the_truth_with_noise():
+    def agreement(rank_noise):
+        rows = human_trees(random.Random(0), 300, mean=0.45, spread=0.15, rank_noise=rank_noise)
+        prompts, counts = split_rows(rows)
+        assert counts == 300
+        pairs = [
+            (true_score(prompt, better), true_score(prompt, worse))
+            for prompt, replies in prompts.items()
+            for better, worse in itertools.combinations(replies, 2)
+        ]
+        return sum(b > w for b, w in pairs) / sum(b != w for b, w in pairs)
+
+    def split_rows(rows):
+        texts = {row["message_id"]: row["text"] for row in rows if row["role"] == "prompter"}
+        replies = {}
+        for row in rows:
+            if row["role"] == "assistant":
+                ranked = replies.setdefault(texts[row["parent_id"]], [])
+                assert row["rank"] == len(ranked) and row["message_tree_id"] == row["parent_id"]
+                ranked.append(row["text"])
+        return replies, len(texts)
+
+    assert agreement(0.0) == 1.0
+    assert 0.75 < agreement(0.7) < 0.95
