@@ -128,6 +128,13 @@ def test_accepted_prompts_count_as_seen_at_once():
     assert (pool.counts["similar"], pool.counts["accepted"]) == (1, 2)
 
 
+def test_known_prompts_are_avoided_but_never_shown():
+    pool = PromptPool(SEEDS, known=["Name the longest river of Asia."])
+    assert pool.add("9. Name the longest river of Asia.\n10. Name the longest river of Peru.") == []
+    assert (pool.counts["duplicate"], pool.counts["similar"]) == (1, 1)
+    assert not any("river" in pool.request(index) for index in range(30))
+
+
 def test_a_completion_cut_off_is_dropped_whole():
     pool = PromptPool(SEEDS)
     assert pool.add("9. Name the longest river of Asia.\n10. Name the", finish_reason="length") == []
