@@ -164,7 +164,7 @@ def test_eft_prompts_have_enough_replies():
     ("content", "named"),
     [
         ('{"message_id": "a"', "x.jsonl:1: broken JSON"),
-        ('\n[1, 2]\n', "x.jsonl:2: neither an Open Assistant message"),
+        ("\n[1, 2]\n", "x.jsonl:2: neither an Open Assistant message"),
         ('{"prompt": "p", "chosen": "c"}', "its keys: ['chosen', 'prompt']"),
         ('{"message_id": "a", "text": 3, "role": "prompter"}', "x.jsonl:1: not an Open Assistant message"),
         ('{"message_id": "a", "text": "t", "role": "prompter", "labels": {"name": []}}', "x.jsonl:1: not an Open"),
@@ -200,7 +200,7 @@ def test_read_rows(tmp_path):
         ("x.jsonl", b'{"a": 1}\n\xff\n', "x.jsonl:2: not UTF-8"),
         ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-20], "cannot be read to its end"),
         ("x.json", b'{"a": 1}', "not an array"),
-        ("x.json", b'[1,\n2', "x.json: broken JSON .*line 2"),
+        ("x.json", b"[1,\n2", "x.json: broken JSON .*line 2"),
         ("x.json", b'{"a": 1}\n{"a": 2}\n', "x.json: broken JSON"),
     ],
 )

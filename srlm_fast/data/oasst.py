@@ -140,9 +140,7 @@ def _quality(row: dict[str, Any]) -> float | None:
     return None if value is None else float(value)
 
 
-def _assemble(
-    sound: list[_Message], parents: dict[str, str | None], counts: dict[str, int]
-) -> list[RankedPrompt]:
+def _assemble(sound: list[_Message], parents: dict[str, str | None], counts: dict[str, int]) -> list[RankedPrompt]:
     roots = {message.id: message for message in sound if message.role == "prompter" and message.parent is None}
     replies: dict[str, list[_Message]] = {root: [] for root in roots}
     for message in sound:
@@ -199,7 +197,8 @@ def split_prompts(
     wanted = {"ift": ift_examples > 0, "eft_train": eft_share > 0, "eft_eval": eft_share * eft_eval_share > 0}
     for part, is_wanted in wanted.items():
         if is_wanted and not getattr(split, part):
-            raise UserError(f"no prompt is left for {part}: {len(prompts)} prompts, eft_share {eft_share}, "
-                            f"eft_eval_share {eft_eval_share}, min_replies {min_replies}; change a share or add data")
+            raise UserError(
+                f"no prompt is left for {part}: {len(prompts)} prompts, eft_share {eft_share}, "
+                f"eft_eval_share {eft_eval_share}, min_replies {min_replies}; change a share or add data"
+            )
     return split
-

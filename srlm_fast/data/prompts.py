@@ -30,8 +30,8 @@ COUNTS = {
     "too_long": "proposed with more than max_words words",
     "keyword": "proposed with a word of the blacklist",
     "opening": "proposed with a forbidden opening, or that begin with punctuation or a non-ASCII character",
-    "duplicate": "proposed with the text of a seed or an accepted prompt, but for case and spacing",
-    "similar": "proposed with a ROUGE-L above the threshold to a seed or an accepted prompt",
+    "duplicate": "proposed with the text of a seed, known or accepted prompt, but for case and spacing",
+    "similar": "proposed with a ROUGE-L above the threshold to a seed, known or accepted prompt",
     "accepted": "prompts accepted",
 }
 
@@ -91,8 +91,12 @@ class PromptPool:
         rouge_threshold: float = 0.7,
         seed: int = 0,
     ) -> None:
-        """seeds: the IFT prompts, which serve as demonstrations and which new prompts may not resemble.
-        known: other prompts that new ones may not resemble (held-out ones, those of earlier iterations)."""
+        """A pool without accepted prompts.
+
+        Args:
+            seeds: the IFT prompts, which serve as demonstrations and which new prompts may not resemble.
+            known: other prompts that new ones may not resemble (held-out ones, those of earlier iterations).
+        """
         self.seeds = list(seeds)
         self.accepted: list[str] = []
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -162,7 +166,7 @@ class PromptPool:
         return "similar" if self.similarity(prompt) > self.rouge_threshold else None
 
     def similarity(self, prompt: str) -> float:
-        """Highest ROUGE-L F-measure to a seed or an accepted prompt; 0.0 where none reaches `rouge_threshold`.
+        """Highest ROUGE-L F-measure to a seed, known or accepted prompt; 0.0 where none reaches `rouge_threshold`.
 
         F = 2 LCS / (n + m) of the token lists, which is RapidFuzz's normalized Indel similarity.
         """
