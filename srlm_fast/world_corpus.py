@@ -6,8 +6,12 @@ numbered lists of tasks, and reviews of answers (some of them wrong), in the for
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 from srlm_fast.world import (
     CATEGORIES,
@@ -86,7 +90,9 @@ def documents(rng: random.Random) -> Iterator[Text]:
 
 
 def human_trees(rng: random.Random, n_prompts: int, *, mean: float, spread: float, rank_noise: float) -> list[dict]:
-    """Rows in the layout of OASST1 messages: distinct prompts, each with two to four ranked human replies.
+    """Rows in the layout of OASST1 messages: prompts of different demands, each with two to four ranked human replies.
+
+    The rows carry no labels, so that the choice among rank-0 replies is not one of quality.
 
     Args:
         mean, spread: of the writers' probabilities to meet a demand.
@@ -96,24 +102,33 @@ def human_trees(rng: random.Random, n_prompts: int, *, mean: float, spread: floa
     writers = [Writer.sample(rng, mean, spread) for _ in range(16)]
     while len(seen) < n_prompts:
         instruction = sample_instruction(rng)
-        if instruction.text in seen:
+        demands = replace(instruction, phrasing=0)
+        if demands in seen:
             continue
-        seen.add(instruction.text)
+        seen.add(demands)
         tree = f"tree-{len(seen):05d}"
-        common = {"lang": "en", "deleted": False, "review_result": True, "message_tree_id": tree}
-        rows.append(
-            {
-                "message_id": tree,
-                "parent_id": None,
-                "text": instruction.text,
-                "role": "prompter",
-                "rank": None,
-                **common,
-            }
-        )
+        common = {"lang": "en", "deleted": False, "review_result": True, "message_tree_id": tree, "labels": None}
+        prompt = {"message_id": tree, "parent_id": None, "text": instruction.text, "role": "prompter", "rank": None}
+        rows.append({**prompt, **common})
         replies = list(dict.fromkeys(w.write(instruction, rng) for w in rng.sample(writers, rng.randint(2, 4))))
         seen_score = {reply: sum(demands_met(instruction, reply)) + rng.gauss(0, rank_noise) for reply in replies}
         for rank, reply in enumerate(sorted(replies, key=lambda r: -seen_score[r])):
             identity = {"message_id": f"{tree}-{rank}", "parent_id": tree}
             rows.append({**identity, "text": reply, "role": "assistant", "rank": rank, **common})
     return rows
+
+
+def write_data(folder: Path, *, seed: int = 0, n_prompts: int = 1200, n_held_out: int = 130) -> None:
+    """Writes the texts of `configs/tiny/`: oasst.jsonl.gz, heldout.jsonl, judge.txt and tasks.txt.
+
+    No held-out prompt has the demands of one in oasst.jsonl.gz. The bytes depend on the arguments only.
+    """
+    rows = human_trees(random.Random(seed), n_prompts + n_held_out, mean=0.42, spread=0.15, rank_noise=0.5)
+    prompts = [row["text"] for row in rows if row["role"] == "prompter"]
+    first_held_out = next(i for i, row in enumerate(rows) if row["text"] == prompts[n_prompts])
+    lines = "".join(json.dumps(row) + "\n" for row in rows[:first_held_out])
+    (folder / "oasst.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    held_out = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts[n_prompts:])
+    (folder / "heldout.jsonl").write_text(held_out, encoding="utf-8")
+    (folder / "judge.txt").write_text(JUDGE_PROMPT, encoding="utf-8")
+    (folder / "tasks.txt").write_text("{tasks}\n", encoding="utf-8")

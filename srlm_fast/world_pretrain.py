@@ -28,6 +28,8 @@ SEED_CONFIG = LlamaConfig(
     tie_word_embeddings=True,
 )
 
+PRETRAIN_STEPS = 5000
+
 
 def train_tokenizer(path: Path, seed: int = 0) -> None:
     """A sentencepiece BPE with the rules of Llama 2: identity normalisation, byte fallback, split digits."""
@@ -73,7 +75,7 @@ def _batches(tokenizer: Tokenizer, tokens: int, seed: int) -> Iterator[list[Item
 def pretrain(
     tokenizer: Tokenizer,
     *,
-    steps: int = 5000,
+    steps: int = PRETRAIN_STEPS,
     tokens: int = 4096,
     seed: int = 0,
     on_step: Callable[[int, float, Llama], None] = lambda step, loss, model: None,

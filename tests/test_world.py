@@ -1,11 +1,14 @@
 """The small world: the truth, reading it back, and the texts made from it."""
 
 import itertools
+import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
+from srlm_fast.data.oasst import read_prompts
 from srlm_fast.world import (
     CATEGORIES,
     CLOSINGS,
@@ -20,7 +23,7 @@ from srlm_fast.world import (
     true_score,
     write_answer,
 )
-from srlm_fast.world_corpus import human_trees, sample_answer
+from srlm_fast.world_corpus import human_trees, sample_answer, write_data
 
 OWLS = Instruction("birds", 4, "owl", descending=False, closing="bye")
 
@@ -167,3 +170,18 @@ def test_human_trees_are_oasst_rows_ranked_by_the_truth_with_noise():
 
     assert agreement(0.0) == 1.0
     assert 0.75 < agreement(0.7) < 0.95
+
+
+def test_written_data_hold_out_prompts_and_are_the_same_each_time(tmp_path):
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+        write_data(folder, seed=3, n_prompts=200, n_held_out=40)
+    first, second = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
+    assert first == second
+    prompts, counts = read_prompts(folders[0] / "oasst.jsonl.gz")
+    assert len(prompts) == counts["prompts"] == 200
+    held_out = [json.loads(line)["prompt"] for line in (folders[0] / "heldout.jsonl").read_text().splitlines()]
+    demands = [replace(parse_instruction(text), phrasing=0) for text in [p.prompt for p in prompts] + held_out]
+    assert len(held_out) == 40
+    assert len(set(demands)) == 240
