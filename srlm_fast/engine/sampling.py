@@ -48,8 +48,8 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, keys: Tensor, ste
 
     Top-p keeps a token if those strictly more probable hold less than `top_p` together, so tokens that tie are kept or
     dropped together. It is drawn from by rejection: draw from all tokens by inverse CDF, accept if the token is kept,
-    else draw again among the more probable ones. That has the distribution of sorting and cutting for a twentieth of
-    the time of a sort, and ends because every round leaves fewer tokens.
+    else draw again among the more probable ones. That has the distribution of sorting and cutting in a fraction of the
+    time of a sort, and ends because every round leaves fewer tokens.
 
     Args:
         logits: [N, V].
