@@ -1,0 +1,366 @@
+"""Weights in Hugging Face's layout: config.json and safetensors, one file or shards with an index.
+
+Reading and writing go tensor by tensor: no process holds more than the slices it owns and one tensor. A folder is
+written under a temporary name, synced and renamed, so its final name never holds half a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from srlm_fast.errors import UserError
+from srlm_fast.model import Llama, LlamaConfig
+from srlm_fast.rundir import sync_folder
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a table that old checkpoints carry; it follows from config.json
+_TIED, _TIED_TO = "lm_head.weight", "model.embed_tokens.weight"
+
+Spec = tuple[str, tuple[int, ...], torch.dtype]  # name, shape, dtype of a tensor to be written
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_config(folder: str | Path) -> LlamaConfig:
+    """The shape in a model folder's config.json.
+
+    Raises:
+        UserError: when it is missing, unreadable, or describes no Llama that this project can run.
+    """
+    file = Path(folder) / "config.json"
+    content = _read_json(file)
+    try:
+        return LlamaConfig.from_hf(content)
+    except UserError as error:
+        raise UserError(f"{file.parent}: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{file}: a value has the wrong type ({error})") from error
+
+
+def load_model(
+    folder: str | Path, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Llama:
+    """The model in a folder, whole, in evaluation mode, for use in one process. Raises UserError as `load_weights`."""
+    with torch.device("meta"):
+        model = Llama(read_config(folder), dropout)
+    model = model.to(dtype).to_empty(device=device)
+    load_weights(model, folder)
+    return model.eval()
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Read a folder's tensors into a Llama's parameters, cast to their dtype, and recompute its buffers.
+
+    The parameters may be fresh from `to_empty` and may be sharded (FSDP2): a rank then reads only its own slices.
+
+    Raises:
+        UserError: before anything is changed, when a file is missing, truncated or outside the folder, or a tensor is
+            missing, unknown, of the wrong shape, or not floating point.
+    """
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # `to_empty` unties them
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # FSDP2 would drop what is written into a gathered parameter
+    parameters = dict(model.named_parameters())
+    with _open_tensors(Path(folder), {name: tuple(p.shape) for name, p in parameters.items()}) as stored:
+        for name, parameter in parameters.items():
+            local, where = _local_slice(parameter)
+            local.copy_(stored[name].get_slice(name)[where])
+    model.reset_buffers()
+
+
+def weights_id(folder: str | Path) -> str:
+    """Hex digest of what a model computes: names, dtypes, shapes and bytes of its tensors, and config.json's shape.
+
+    The same for one file and for shards, whatever the folder is called. Raises UserError as `load_weights`.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
+    meaning = {key: value for key, value in asdict(config).items() if key not in ("bos_token_id", "eos_token_id")}
+    digest = hashlib.blake2b(json.dumps(meaning, sort_keys=True).encode(), digest_size=32)
+    with _open_tensors(Path(folder), shapes) as stored, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+
+        def tensor_digest(name: str) -> bytes:
+            tensor = stored[name].get_tensor(name)
+            head = f"{name} {_DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}".encode()
+            return head + hashlib.blake2b(_bytes(tensor), digest_size=32).digest()
+
+        for part in pool.map(tensor_digest, sorted(shapes)):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _open_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, Any]]:
+    """{tensor name: open safetensors file}, after checking that the folder holds tensors of just these shapes."""
+    files = _tensor_files(folder)
+    with ExitStack() as stack:
+        stored: dict[str, Any] = {}
+        for file in sorted(set(files.values()) or {folder / SINGLE_FILE}):
+            opened = stack.enter_context(_open_file(file))
+            for name in opened.keys():
+                if name in stored or (files and files.get(name) != file):
+                    raise UserError(f"{file}: holds tensor {name}, which {folder / INDEX_FILE} does not place there")
+                stored[name] = opened
+        for name, file in files.items():
+            if name not in stored:
+                raise UserError(f"{file}: tensor {name} is missing, though {folder / INDEX_FILE} places it there")
+        _check(folder, stored, shapes)
+        yield stored
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """{tensor name: file} of the index; empty when the folder holds one file and no index."""
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist or is no folder")
+    if (folder / SINGLE_FILE).exists():
+        return {}
+    index = folder / INDEX_FILE
+    if not index.exists():
+        raise UserError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}; other formats: scripts/convert.py")
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
+        raise UserError(f"{index}: weight_map is not a table of tensor names and file names")
+    for name, place in places.items():
+        if place in ("", "..") or place != Path(place).name or "\\" in place:
+            raise UserError(f"{index}: tensor {name} lies in {place!r}, which is not a file of this folder")
+        if not (folder / place).is_file():
+            raise UserError(f"{folder / place}: file is missing, though {INDEX_FILE} places tensor {name} there")
+    return {name: folder / place for name, place in places.items()}
+
+
+@contextmanager
+def _open_file(file: Path) -> Iterator[Any]:
+    try:
+        opened = safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read as safetensors, truncated or damaged ({error})") from error
+    with opened:
+        yield opened
+
+
+def _check(folder: Path, stored: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    missing = sorted(shapes.keys() - stored.keys())
+    if missing:
+        hint = "; if the head is tied say tie_word_embeddings in config.json" if missing == [_TIED] else ""
+        raise UserError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all){hint}")
+    extra = sorted(name for name in stored.keys() - shapes.keys() if not name.endswith(_IGNORED_SUFFIX))
+    if extra == [_TIED] and _TIED_TO in shapes:
+        if not torch.equal(stored[_TIED].get_tensor(_TIED), stored[_TIED_TO].get_tensor(_TIED_TO)):
+            raise UserError(f"{folder}: {_TIED} differs from {_TIED_TO}, but config.json says tie_word_embeddings")
+    elif extra:
+        raise UserError(f"{folder}: tensor {extra[0]} does not belong to this model ({len(extra)} such in all)")
+    for name, shape in shapes.items():
+        found = stored[name].get_slice(name)
+        if found.get_dtype() not in _DTYPE_NAMES.values():
+            raise UserError(f"{folder}: tensor {name} is of dtype {found.get_dtype()}, not a plain floating point one")
+        if tuple(found.get_shape()) != shape:
+            raise UserError(f"{folder}: tensor {name} has shape {found.get_shape()}, the model wants {list(shape)}")
+
+
+def _local_slice(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What of a parameter lies on this rank, and which slice of the whole it is."""
+    ranges = [(0, size) for size in parameter.shape]
+    if hasattr(parameter, "placements"):  # a DTensor
+        for rank, n_ranks, placement in zip(
+            parameter.device_mesh.get_coordinate(), parameter.device_mesh.shape, parameter.placements
+        ):
+            if placement.is_shard():
+                start, stop = ranges[placement.dim]
+                size = math.ceil((stop - start) / n_ranks)
+                ranges[placement.dim] = (min(start + rank * size, stop), min(start + (rank + 1) * size, stop))
+        parameter = parameter.to_local()
+    assert tuple(parameter.shape) == tuple(stop - start for start, stop in ranges)
+    return parameter, tuple(slice(start, stop) for start, stop in ranges)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a JSON object")
+    return content
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def save_weights(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 << 30,
+    extra_files: Mapping[str, Path] | Iterable[Path] = (),
+) -> None:
+    """Write a Llama as a model folder, readable by transformers and vLLM. All ranks call it, rank 0 writes.
+
+    Args:
+        model: a Llama, whole or sharded (FSDP2); its parameters are gathered one by one.
+        folder: replaced if it holds an earlier model.
+        dtype: of the tensors in the files; None keeps the parameters' own.
+        max_shard_bytes: a file is closed before it would outgrow this; a model that fits is one file without index.
+        extra_files: {name in the folder: file} to copy (`Tokenizer.files`), or files that keep their names.
+
+    Raises:
+        UserError: on every rank, when the folder cannot be written or holds something else; nothing is left behind.
+    """
+    specs = [(name, tuple(p.shape), dtype or p.dtype) for name, p in model.named_parameters()]
+    specs.sort(key=lambda spec: -spec[2].itemsize)  # so that every tensor is aligned in its file
+    parameters = dict(model.named_parameters())
+
+    def gathered() -> Iterator[Tensor]:
+        for name, _, kind in specs:
+            tensor = parameters[name].detach().to(kind)
+            yield tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    tensors, failure = gathered(), None
+    distributed = dist.is_available() and dist.is_initialized()
+    if not distributed or dist.get_rank() == 0:
+        try:
+            write_folder(folder, model.config, specs, tensors, max_shard_bytes=max_shard_bytes, extra_files=extra_files)
+        except UserError as error:
+            failure = str(error)
+    for _ in tensors:  # gathering takes all ranks: those that do not write, or cannot, take part to the end
+        pass
+    if distributed:
+        box = [failure]
+        dist.broadcast_object_list(box, src=0)
+        failure = box[0]
+    if failure is not None:
+        raise UserError(failure)
+
+
+def write_folder(
+    folder: str | Path,
+    config: LlamaConfig,
+    specs: Sequence[Spec],
+    tensors: Iterable[Tensor],
+    *,
+    max_shard_bytes: int = 5 << 30,
+    extra_files: Mapping[str, Path] | Iterable[Path] = (),
+) -> None:
+    """Write a model folder from a stream of tensors, as `save_weights` does.
+
+    Args:
+        specs: all tensors, widest dtype first.
+        tensors: in the order of `specs`; each is written before the next is asked for.
+    """
+    folder = Path(folder).absolute()
+    extra = dict(extra_files) if isinstance(extra_files, Mapping) else {file.name: file for file in extra_files}
+    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
+    try:
+        if old.exists() and not folder.exists():
+            old.rename(folder)  # a replacement was interrupted between its two renames
+        _refuse_foreign(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write_shards(temporary, specs, iter(tensors), max_shard_bytes)
+        kinds = {str(dtype).removeprefix("torch.") for *_, dtype in specs}
+        hf = {**config.to_hf(), "torch_dtype": kinds.pop() if len(kinds) == 1 else "float32"}
+        _write_json(temporary / "config.json", hf)
+        for name, file in extra.items():
+            with open(file, "rb") as source, _synced(temporary / name) as target:
+                shutil.copyfileobj(source, target)
+        sync_folder(temporary)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        temporary.rename(folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        about = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"cannot write model folder {folder}: {error.strerror or error}{about}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """What may be replaced is nothing, an empty folder, or a model: files only, and a config.json among them."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise UserError(f"cannot write model folder {folder}: it exists and is no folder; choose another")
+    content = list(folder.iterdir())
+    if content and (not (folder / "config.json").is_file() or any(entry.is_dir() for entry in content)):
+        raise UserError(f"cannot write model folder {folder}: it holds other things than a model; choose another")
+
+
+def _write_shards(folder: Path, specs: Sequence[Spec], tensors: Iterator[Tensor], max_shard_bytes: int) -> None:
+    shards: list[list[Spec]] = [[]]
+    shard_bytes = total_bytes = 0
+    for spec in specs:
+        size = math.prod(spec[1]) * spec[2].itemsize
+        if shards[-1] and shard_bytes + size > max_shard_bytes:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(spec)
+        shard_bytes += size
+        total_bytes += size
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        name = SINGLE_FILE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_safetensors(folder / name, shard, tensors)
+        weight_map.update({spec[0]: name for spec in shard})
+    if len(shards) > 1:
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
+def _write_safetensors(file: Path, specs: Sequence[Spec], tensors: Iterator[Tensor]) -> None:
+    """One safetensors file: length of the header (u64), header (JSON, padded to 8 bytes), the tensors' bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, dtype in specs:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with _synced(file) as opened:
+        opened.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, shape, dtype in specs:
+            tensor = next(tensors)
+            assert tensor.shape == shape and tensor.dtype == dtype, name
+            opened.write(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _write_json(file: Path, value: Any) -> None:
+    with _synced(file) as opened:
+        opened.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+@contextmanager
+def _synced(file: Path) -> Iterator[Any]:
+    """A new binary file that is on the disk when the block ends."""
+    with open(file, "xb") as opened:
+        yield opened
+        opened.flush()
+        os.fsync(opened.fileno())
