@@ -240,6 +240,21 @@ def test_load_drops_what_is_under_way_and_takes_new_weights(model):
     assert results(engine.stream(requests)) == results(engine_of(other).stream(requests))
 
 
+def test_load_reads_a_folder(model, tmp_path):
+    from transformers import LlamaConfig as HFConfig
+    from transformers import LlamaForCausalLM
+
+    theirs = LlamaForCausalLM(HFConfig(**model.config.to_hf()))
+    theirs.load_state_dict(model.state_dict())
+    theirs.save_pretrained(tmp_path)
+    requests = random_requests(5)
+    engine = load_engine("native")
+    engine.load(tmp_path)
+    assert results(engine.stream(requests)) == results(engine_of(model).stream(requests))
+    with pytest.raises(UserError, match="nowhere"):
+        engine.load(tmp_path / "nowhere")
+
+
 def test_bfloat16_follows_float32(model):
     request = Request([3, 1, 4, 1, 5], temperature=0, max_new_tokens=1, logprob_token_ids=range(160))
     [expected] = engine_of(model).stream([request])

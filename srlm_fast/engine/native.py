@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from srlm_fast.checkpoint import load_model
 from srlm_fast.engine.base import Completion, EngineStats, Request, check_request
 from srlm_fast.engine.kv_cache import KVCache, PromptAttention
 from srlm_fast.engine.rows import Rows
@@ -84,9 +85,7 @@ class NativeEngine:
         kept = None if self._under_way() else self._layout
         self.model = None  # the old weights go before the new ones come
         if not isinstance(weights, Llama):
-            from srlm_fast.checkpoint import load_model
-
-            weights = load_model(Path(weights), dtype=self.dtype, device=self.device)
+            weights = load_model(weights, dtype=self.dtype, device=self.device)
         self.model = weights.eval()
         if self._layout != kept:
             self._reset()
