@@ -28,7 +28,8 @@ CONFIG = LlamaConfig(
 )
 CANDIDATES = CandidatesConfig(n=3, max_new_tokens=6)
 JUDGE = JudgeConfig(n=2, max_new_tokens=8, template=str(TINY / "judge.txt"))
-PROMPTS = [{"id": f"p{i}", "prompt": text} for i, text in enumerate(("List 3 birds.", "Name 4 tools from z to a.", "Hm?"))]
+TEXTS = ("List 3 birds.", "Name 4 tools from z to a.", "Hm?")
+PROMPTS = [{"id": f"p{i}", "prompt": text} for i, text in enumerate(TEXTS)]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def engine_model(engine):
     return logits
 
 
-def test_expected_mode_refuses_a_tokenizer_without_digit_pieces(tmp_path, chat, shared_data):
+def test_expected_mode_refuses_a_tokenizer_without_digit_pieces(shared_data):
     other = chat_format("plain", load_tokenizer(shared_data("spm/test_model.model")))
     with pytest.raises(UserError, match="score digits of one token each"):
         Judge(other, replace(JUDGE, mode="expected"), 256)
