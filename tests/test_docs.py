@@ -1,11 +1,20 @@
-"""What the documents name exists."""
+"""What the documents name exists, and what the code writes is named in docs/formats.md."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from training_case import build
 
+from srlm_fast import pairs, summary
 from srlm_fast.config import Config, walk
+from srlm_fast.data import Example, RankedPrompt, formats, oasst, prompts
+from srlm_fast.engine.base import Completion
+from srlm_fast.evaluate import Ranked, judge_metrics
+from srlm_fast.judge import Judgement
+from srlm_fast.rollout import answer
+from srlm_fast.rundir import FORMAT_VERSION, RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMED = re.findall(r"`([^`\n]+)`", (ROOT / "docs/paper.md").read_text(encoding="utf-8"))
@@ -43,3 +52,87 @@ def test_paper_accounts_for_every_key_of_the_method():
         r"|evaluate\.(prompts|n|truth)|prompts\.(requests_per_round|max_requests)|sft\.(beta|label_smoothing)"
     )
     assert not {key for key in KEYS - set(NAMED) if not others.fullmatch(key)}
+
+
+def documented(*headings: str) -> set[str]:
+    """Names in code marks below these headings of docs/formats.md."""
+    text = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^#+ (.+)\n((?:(?!#).*\n)*)", text, re.M))
+    return {name for heading in headings for name in re.findall(r"`([^`\n]+)`", sections[heading])}
+
+
+class Echo:
+    """An engine that ends every answer at once."""
+
+    def submit(self, requests):
+        self.requests = list(requests)
+
+    def stream(self):
+        for request in self.requests:
+            yield from (Completion(request, i, [i, 2], [-1.0, -2.0], "stop") for i in range(request.n))
+
+
+class Letters:
+    """A chat format of two ids."""
+
+    stop_ids = (2,)
+
+    def encode_prompt(self, messages):
+        return [1, 3]
+
+    def decode(self, ids):
+        return f"answer {ids[0]}"
+
+
+def test_formats_names_every_field_of_candidates_and_pairs():
+    (record,) = answer(Echo(), Letters(), Config().candidates, [{"id": "m1-000000", "prompt": "question"}], 0, 4096)
+    for candidate in record["candidates"]:
+        candidate.update(score=float(candidate["index"]), judgements=[vars(Judgement("Score: 4", 4.0))])
+    (pair,), counts = pairs.make_pairs([record], weights_id="w")
+    candidate = record["candidates"][0]
+    assert {*record, *candidate} <= documented("Candidates and answers")
+    assert candidate["judgements"][0].keys() <= documented("Examples, prompts and judgements")
+    assert pair.keys() <= documented("Pairs")
+    assert counts.keys() <= documented("phases/PHASE.json")
+
+
+def test_formats_names_every_field_of_the_run_folder(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.open({"seed": 0}, {})
+    (run / "data").mkdir()
+    (run / "data/ift.jsonl").write_text("{}")
+    run.finish("prepare", [run / "data"], 1.0, {})
+    record = run.phase("prepare")
+    (output,) = record["outputs"].values()
+    assert {*record, *output} <= documented("phases/PHASE.json")
+    assert json.loads((run / "run.json").read_text()).keys() <= documented("run.json")
+    for module in (oasst, prompts):
+        assert module.COUNTS.keys() <= documented("phases/PHASE.json")
+    assert formats.COUNTS.keys() <= documented("Preference, unpaired and prompt rows")
+    assert {*Example.__dataclass_fields__, *RankedPrompt.__dataclass_fields__} <= documented(
+        "Examples, prompts and judgements"
+    )
+    operational = {name for name, spec, _ in walk(Config()) if spec.metadata["operational"]}
+    assert operational <= documented("run.json")
+
+
+def test_formats_names_every_metric():
+    steps: list[dict] = []
+    build("dpo", n=4, changes={"max_steps": 1}, on_step=steps.append).fit()
+    assert {"phase", *steps[0]} <= documented("metrics.jsonl")
+    metrics = {name.removesuffix("_interval") for name in judge_metrics([Ranked([1.0, 2.0], [1, 0])], bootstrap=2)}
+    assert metrics <= documented("metrics.json")
+    assert summary.COLUMNS.keys() <= documented("summary.json")
+
+
+def test_formats_gives_the_versions():
+    text = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    assert f"| `format_version` of `run.json` | {FORMAT_VERSION} |" in text
+    assert f"| `format` of each row | {pairs.FORMAT} |" in text
+
+
+def test_formats_names_keys_that_exist():
+    named = documented(*re.findall(r"^#+ (.+)$", (ROOT / "docs/formats.md").read_text(encoding="utf-8"), re.M))
+    sections = {key.partition(".")[0] for key in KEYS if "." in key}
+    keys = {name for name in named if re.fullmatch(rf"({'|'.join(sections)})\.(?!safetensors)\w+", name)}
+    assert len(keys) > 10 and keys <= KEYS

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,28 @@ def test_every_phase_leaves_its_files(undisturbed):
     steps = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     dpo = [row for row in steps if row["phase"] == "m2/train" and "rewards/margins" in row]
     assert len(dpo) == 3 and {"loss", "lr", "grad_norm", "tokens_per_second", "rewards/accuracies"} <= dpo[0].keys()
+
+
+def fields(value) -> set[str]:
+    """Keys of all objects in a JSON value, but those of tables of files, scores and settings."""
+    if isinstance(value, list):
+        return set().union(*map(fields, value))
+    if not isinstance(value, dict):
+        return set()
+    inner = (fields(v) for k, v in value.items() if k not in ("outputs", "scores", "keys", "inputs"))
+    return set(value).union(*inner)
+
+
+@pytest.mark.slow
+def test_every_field_is_in_the_documentation(undisturbed):
+    named = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs/formats.md").read_text()))
+    files = [p for p in undisturbed.rglob("*.json*") if not p.is_relative_to(undisturbed / "models")]
+    assert len(files) > 30
+    for file in files:
+        text = file.read_text()
+        values = map(json.loads, text.splitlines() if file.suffix == ".jsonl" else [text])
+        found = {name.removesuffix("_interval") for name in fields(list(values))}
+        assert found <= named, f"{file}: {sorted(found - named)}"
 
 
 @pytest.mark.slow
@@ -216,8 +239,6 @@ def test_real_oasst_through_every_phase(tmp_path, shared_data):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, overrides, says):
-    import re
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/not_a_tokenizer.model").write_bytes(b"123")
