@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"torch", "numpy", "safetensors", "sentencepiece"}
+EXTRA = {"yaml", "rich", "scipy", "jinja2", "rapidfuzz", "tokenizers", "transformers", "triton"}
 LEAVES = {"errors", "seeds"}
 """Modules of a few lines that anyone may import."""
 MAY_IMPORT = {
@@ -103,7 +104,7 @@ def test_library_imports_with_its_four_packages_alone():
 import importlib, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {{"yaml", "rich", "scipy", "jinja2", "rapidfuzz", "tokenizers", "transformers", "triton"}}:
+        if name.split(".")[0] in {EXTRA!r}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
 for name in {sorted(MAY_IMPORT)!r}:
