@@ -54,6 +54,17 @@ def test_paper_accounts_for_every_key_of_the_method():
     assert not {key for key in KEYS - set(NAMED) if not others.fullmatch(key)}
 
 
+def test_design_names_files_that_exist():
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    modules = {
+        path.name for folder in ("srlm_fast", "kernels", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")
+    }
+    named = set(re.findall(r"`([\w/]+\.py)`", text))
+    assert len(named) > 30
+    for name in named:
+        assert (ROOT / name).is_file() if "/" in name else name in modules, name
+
+
 def documented(*headings: str) -> set[str]:
     """Names in code marks below these headings of docs/formats.md."""
     text = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
