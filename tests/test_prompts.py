@@ -21,6 +21,13 @@ SEEDS = [
     "Compose a short poem about the last bus home.",
     "Compare steel with aluminium for bicycle frames.",
 ]
+GENERATED = [
+    "Name the longest river of Asia.",
+    "Which tree keeps its leaves in winter?",
+    "Plan a quiet weekend by the sea.",
+    "Tell me about medieval cooking.",
+    "Write to my landlord about mould.",
+]
 
 
 def rouge_l(prediction: str, reference: str) -> float:
@@ -39,8 +46,8 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 def test_the_request_holds_six_ift_and_two_generated_shots():
     pool = PromptPool(SEEDS, seed=4)
-    generated = [f"generated prompt number {i}" for i in range(5)]
-    pool.restore(generated)
+    generated = pool.add("\n".join(f"9. {prompt}" for prompt in GENERATED))
+    assert generated == GENERATED
     seen = Counter()
     for index in range(50):
         text = pool.request(index)
@@ -63,7 +70,7 @@ def test_ift_fills_in_while_too_few_are_accepted():
         shots = [line.split(". ", 1)[1] for line in pool.request(0).splitlines() if re.match(r"\d\. ", line)]
         assert len(shots) == 5
         assert sum(shot in SEEDS for shot in shots) == 5 - min(2, accepted)
-        pool.restore([f"accepted prompt {accepted}"])
+        pool.add(f"9. {GENERATED[accepted]}")
     with pytest.raises(UserError, match="7 IFT prompts"):
         PromptPool(SEEDS[:7])
 
@@ -176,25 +183,15 @@ def test_prompts_without_latin_letters_are_like_nothing():
     assert pool.similarity("что нового у тебя") == 0.0
 
 
-def test_a_restored_pool_goes_on_alike(shared_data):
+def test_every_proposed_prompt_is_counted_once(shared_data):
     lines = shared_data("self_instruct/user_oriented_instructions.jsonl").read_text().splitlines()
-    completions = [f"9. {json.loads(line)['instruction']}" for line in lines]
-    whole = PromptPool(SEEDS, rouge_threshold=0.5)
-    for completion in completions:
-        whole.add(completion)
-    for cut in (0, 1, 100, len(completions)):
-        first = PromptPool(SEEDS, rouge_threshold=0.5)
-        for completion in completions[:cut]:
-            first.add(completion)
-        second = PromptPool(SEEDS, rouge_threshold=0.5)
-        second.restore(json.loads(json.dumps(first.accepted)), first.counts)
-        for completion in completions[cut:]:
-            second.add(completion)
-        assert second.accepted == whole.accepted
-        assert second.counts == whole.counts
-        assert second.request(7) == whole.request(7)
-    assert whole.counts["accepted"] > 100 and whole.counts["similar"] > 3
-    assert sum(whole.counts.values()) == 2 * whole.counts["proposed"] + whole.counts["completions"]
+    pool, again = (PromptPool(SEEDS, rouge_threshold=0.5) for _ in range(2))
+    for line in lines:
+        completion = f"9. {json.loads(line)['instruction']}"
+        assert again.add(completion) == pool.add(completion)
+    assert pool.counts["accepted"] == len(pool.accepted) > 100 and pool.counts["similar"] > 3
+    assert sum(pool.counts.values()) == 2 * pool.counts["proposed"] + pool.counts["completions"]
+    assert again.request(7) == pool.request(7)
 
 
 def test_template_files(tmp_path):

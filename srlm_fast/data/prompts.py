@@ -73,7 +73,8 @@ def rouge_tokens(text: str) -> list[str]:
 class PromptPool:
     """Accepted prompts with the filters in front and the requests for more behind.
 
-    Restored by `restore`, it goes on exactly as the pool that accepted the same prompts.
+    What it accepts and asks for depends on its arguments and the completions added, so it is resumed by adding the same
+    completions again.
     """
 
     def __init__(
@@ -140,15 +141,10 @@ class PromptPool:
             rule = self.rejects(prompt)
             self.counts[rule or "accepted"] += 1
             if rule is None:
-                self._accept(prompt)
+                self._remember(prompt)
                 accepted.append(prompt)
+                self.accepted.append(prompt)
         return accepted
-
-    def restore(self, prompts: Iterable[str], counts: dict[str, int] | None = None) -> None:
-        """Takes prompts that were accepted before as they are, with the counts of that time."""
-        for prompt in prompts:
-            self._accept(prompt)
-        self.counts.update(counts or {"accepted": len(self.accepted)})
 
     def rejects(self, prompt: str) -> str | None:
         """The first rule of `COUNTS` that rejects a prompt, or None."""
@@ -181,10 +177,6 @@ class PromptPool:
         if not coded or nearest is None:
             return 0.0
         return 2 * LCSseq.similarity(coded, nearest[0]) / (len(coded) + len(nearest[0]))
-
-    def _accept(self, prompt: str) -> None:
-        self.accepted.append(prompt)
-        self._remember(prompt)
 
     def _remember(self, prompt: str) -> None:
         self._texts.add(_same(prompt))
