@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ def judge_eft(run: Context) -> PhaseResult:
     return files, {"prompts": len(prompts), "replies": sum(len(p.replies) for p in prompts)}
 
 
+def attempts_of(replies: Sequence[Sequence[dict[str, Any]]]) -> Iterator[tuple[Judgement, ...]]:
+    """Judgements by reply -> attempts, each with one judgement per reply.
+
+    A reply without judgements, being too long for them, is unparsable in every attempt.
+    """
+    read = ([Judgement(**judgement) for judgement in of_reply] for of_reply in replies)
+    return zip_longest(*read, fillvalue=Judgement("", None))
+
+
 def select_eft(run: Context) -> PhaseResult:
     """Judgements that agree with the human ranking, thinned of the most common score; eft/train.jsonl."""
     options = run.config.eft
@@ -56,9 +66,12 @@ def select_eft(run: Context) -> PhaseResult:
         judged = {row["id"]: row["judgements"] for row in shard_rows(run, "eft/judge")}
         accepted = []
         for prompt in run.ranked("data/eft_train.jsonl"):
-            attempts = zip(*([Judgement(**j) for j in of_reply] for of_reply in judged[prompt.id]))
             accepted += eft.accept(
-                prompt, attempts, scope=options.scope, ties=options.ties, template=run.judge.template
+                prompt,
+                attempts_of(judged[prompt.id]),
+                scope=options.scope,
+                ties=options.ties,
+                template=run.judge.template,
             )
         seed = derive_seed(run.config.seed, "eft/select")
         kept, histograms = eft.resample(
