@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from srlm_fast import checkpoint
+from srlm_fast import checkpoint, pairs
 from srlm_fast.config import TrainConfig
 from srlm_fast.context import Context
+from srlm_fast.data import read_rows
+from srlm_fast.errors import UserError
 from srlm_fast.model import Llama
 from srlm_fast.packing import Item, split_batch
 from srlm_fast.parallel import shard
@@ -35,13 +37,13 @@ def sft(run: Context, name: str, sources: Sequence[str]) -> PhaseResult:
 def dpo(run: Context, t: int) -> PhaseResult:
     """DPO from M_t on the pairs that it made and judged; writes models/m(t+1)."""
     cache = ReferenceCache.read(run.run_dir / f"m{t}/reference.safetensors")
-    return _train(run, f"m{t + 1}", run.weights(f"m{t}"), run.config.dpo, _pair_items(run, t), cache)
+    return _train(run, f"m{t + 1}", run.weights(f"m{t}"), run.config.dpo, pair_items(run.run_dir / f"m{t}/pairs.jsonl"), cache)
 
 
 def reference(run: Context, t: int) -> PhaseResult:
     """Log-probs of M_t's pairs under M_t, dropout off; writes mT/reference.safetensors."""
     run.sleep_engine()
-    items = _pair_items(run, t)
+    items = pair_items(run.run_dir / f"m{t}/pairs.jsonl")
     weights_id = run.main(lambda: checkpoint.weights_id(run.weights(f"m{t}")))
     model = _load(run, run.weights(f"m{t}"), dropout=0.0)
     plan = split_batch([item.n_tokens for item in items], run.config.dpo.tokens_per_microbatch, run.world.size)
@@ -56,12 +58,21 @@ def reference(run: Context, t: int) -> PhaseResult:
     return [path], {"responses": len(cache), "weights_id": weights_id[:16]}
 
 
-def _pair_items(run: Context, t: int) -> list[Item]:
-    """The pairs of M_t, with the token ids that were generated."""
-    return [
-        Item(tuple(row["prompt_ids"]), (tuple(row["chosen_ids"]), tuple(row["rejected_ids"])))
-        for row in run.rows(f"m{t}/pairs.jsonl")
-    ]
+def pair_items(path: Path) -> list[Item]:
+    """The pairs of a file written by mT/pairs, with the token ids that were generated.
+
+    Raises:
+        UserError: for rows of another format version.
+    """
+    items = []
+    for where, row in read_rows(path):
+        if row.get("format") != pairs.FORMAT:
+            raise UserError(
+                f"{where}: a pair of format {row.get('format')}, this program reads {pairs.FORMAT}; delete that file to "
+                "make its pairs again"
+            )
+        items.append(Item(tuple(row["prompt_ids"]), (tuple(row["chosen_ids"]), tuple(row["rejected_ids"]))))
+    return items
 
 
 def _load(run: Context, weights: Path, dropout: float) -> nn.Module:
