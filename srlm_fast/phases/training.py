@@ -36,8 +36,9 @@ def sft(run: Context, name: str, sources: Sequence[str]) -> PhaseResult:
 
 def dpo(run: Context, t: int) -> PhaseResult:
     """DPO from M_t on the pairs that it made and judged; writes models/m(t+1)."""
+    items = pair_items(run.run_dir / f"m{t}/pairs.jsonl")
     cache = ReferenceCache.read(run.run_dir / f"m{t}/reference.safetensors")
-    return _train(run, f"m{t + 1}", run.weights(f"m{t}"), run.config.dpo, pair_items(run.run_dir / f"m{t}/pairs.jsonl"), cache)
+    return _train(run, f"m{t + 1}", run.weights(f"m{t}"), run.config.dpo, items, cache)
 
 
 def reference(run: Context, t: int) -> PhaseResult:
@@ -68,8 +69,8 @@ def pair_items(path: Path) -> list[Item]:
     for where, row in read_rows(path):
         if row.get("format") != pairs.FORMAT:
             raise UserError(
-                f"{where}: a pair of format {row.get('format')}, this program reads {pairs.FORMAT}; delete that file to "
-                "make its pairs again"
+                f"{where}: a pair of format {row.get('format')}, this program reads {pairs.FORMAT}; delete the file to "
+                "have its pairs made again"
             )
         items.append(Item(tuple(row["prompt_ids"]), (tuple(row["chosen_ids"]), tuple(row["rejected_ids"]))))
     return items
