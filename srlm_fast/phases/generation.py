@@ -106,11 +106,12 @@ def new_prompts(run: Context, t: int) -> PhaseResult:
             ):
                 advance(len(pool.add(text, finish_reason)))
             asked, rounds = indices.stop, rounds + 1
-    counts = {rule: n for rule, n in pool.counts.items() if n}
+    counts = {"requests": asked, **{rule: n for rule, n in pool.counts.items() if n}}
     if len(pool.accepted) < options.count:
         raise UserError(
-            f"{name}: {asked} completions gave only {len(pool.accepted)} of {options.count} prompts ({counts}); lower "
-            "prompts.count, raise prompts.rouge_threshold or prompts.max_requests, or use another prompts.generator"
+            f"{name}: only {len(pool.accepted)} of {options.count} prompts were made ({counts}); if few requests were "
+            "completed their demonstrations are too long (prompts.ift_shots, model.max_seq_len), if few prompts were "
+            "accepted look at the filters (prompts.rouge_threshold) or take another prompts.generator"
         )
     rows = [{"id": f"m{t}-{i:06d}", "prompt": text} for i, text in enumerate(pool.accepted[: options.count])]
     path = run.run_dir / f"{name}.jsonl"
