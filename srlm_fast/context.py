@@ -144,7 +144,9 @@ class Context:
                 self.check_stop()
                 advance(n)
 
-            while (claimed := self.world.claim(name)) < len(todo):
+            for claimed in self.world.claims():
+                if claimed >= len(todo):
+                    break
                 i = todo[claimed]
                 write_jsonl(files[i], work(rows[i * size : (i + 1) * size], on_done))
         self.world.barrier()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from srlm_fast.model import Llama
 
 class World:
     """This process among its peers. Without torchrun (WORLD_SIZE unset or 1) nothing is initialised."""
+
+    _n_claims = 0
 
     def __init__(self, timeout_s: float = 3600.0) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
@@ -61,13 +64,13 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def claim(self, name: str) -> int:
-        """A number that no other rank gets under this name: 0, 1, 2, ... in order of asking."""
+    def claims(self) -> Iterator[int]:
+        """0, 1, 2, ... shared out among the ranks in order of asking; endless. All ranks call this alike."""
+        World._n_claims += 1
         if self.size == 1:
-            self._claims = getattr(self, "_claims", {})
-            self._claims[name] = self._claims.get(name, -1) + 1
-            return self._claims[name]
-        return dist.distributed_c10d._get_default_store().add(f"srlm/claim/{name}", 1) - 1
+            return count()
+        store, key = dist.distributed_c10d._get_default_store(), f"srlm/claims/{World._n_claims}"
+        return (store.add(key, 1) - 1 for _ in count())
 
     def close(self) -> None:
         """Leave the process group."""
