@@ -94,6 +94,7 @@ def _run_phase(run: Context, name: str, phase: Phase) -> None:
     if run.main(lambda: run.run_dir.phase(name)) is not None:
         return
     run.check_stop()
+    run.main(lambda: run.run_dir.discard_changed(name))
     started = time.perf_counter()
     outputs, counts = phase(run)
     run.world.barrier()

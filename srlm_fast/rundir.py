@@ -54,6 +54,11 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+def _is_temporary(path: Path) -> bool:
+    """Whether this is a file that `atomic_file` left when the process was killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -88,22 +93,31 @@ def fingerprint(path: Path) -> str:
 
     Files up to 64 MiB count with their whole content, larger ones with their size and 16 blocks of 1 MiB spread over
     the file. Names inside a folder count, its own name and times do not.
+
+    Raises:
+        UserError: when a file cannot be read.
     """
     combined = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-        size = file.stat().st_size
-        if size <= _DIGEST_LIMIT:
-            content = digest(file)
-        else:
-            blocks = hashlib.sha256()
-            with open(file, "rb") as opened:
-                for i in range(16):
-                    opened.seek(i * (size - (1 << 20)) // 15)
-                    blocks.update(opened.read(1 << 20))
-            content = f"{size}/{blocks.hexdigest()}"
+        try:
+            content = _content(file)
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror or error}") from error
         name = "" if file == path else file.relative_to(path)
         combined.update(f"{name}\0{content}\n".encode())
     return combined.hexdigest()[:32]
+
+
+def _content(file: Path) -> str:
+    size = file.stat().st_size
+    if size <= _DIGEST_LIMIT:
+        return digest(file)
+    blocks = hashlib.sha256()
+    with open(file, "rb") as opened:
+        for i in range(16):
+            opened.seek(i * (size - (1 << 20)) // 15)
+            blocks.update(opened.read(1 << 20))
+    return f"{size}/{blocks.hexdigest()}"
 
 
 class RunDir:
@@ -128,7 +142,9 @@ class RunDir:
         record = {"format_version": FORMAT_VERSION, "keys": keys, "inputs": inputs}
         manifest = self / "run.json"
         if not manifest.exists():
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.path} is no folder; choose another run_dir")
+            if self.path.exists() and any(not _is_temporary(entry) for entry in self.path.iterdir()):
                 raise UserError(f"{self.path} is not empty and holds no run.json; choose another run_dir")
             write_json(manifest, record)
             return
@@ -149,23 +165,26 @@ class RunDir:
 
     def phase(self, name: str) -> dict[str, Any] | None:
         """What was recorded when the phase was done; None if it is not done or its files are gone or changed."""
-        record_path = self / f"phases/{name}.json"
-        if not record_path.exists():
-            return None
-        record = self._read(record_path)
-        for relative, expected in record["outputs"].items():
-            file = self / relative
-            if not file.is_file() or file.stat().st_size != expected["bytes"]:
-                return None
-            if expected["sha256"] is not None and digest(file) != expected["sha256"]:
-                return None
-        return record
+        record = self._record(name)
+        return None if record is None or any(self._changed(record)) else record
+
+    def discard_changed(self, name: str) -> None:
+        """Delete the rows of a phase that are not as they were recorded, so that it makes them again.
+
+        Shards are kept by a phase that finds them; without this it would take over a damaged one.
+        """
+        record = self._record(name)
+        for file in self._changed(record) if record else ():
+            if file.suffix == ".jsonl":
+                file.unlink(missing_ok=True)
 
     def finish(self, name: str, outputs: Iterable[Path], seconds: float, counts: dict[str, Any]) -> None:
         """Record a phase as done. `outputs` are files or folders below the run folder, complete on disk."""
         files: dict[str, Any] = {}
         for output in outputs:
             for file in [output] if output.is_file() else sorted(p for p in output.rglob("*") if p.is_file()):
+                if _is_temporary(file):
+                    continue
                 size = file.stat().st_size
                 sha = digest(file) if size <= _DIGEST_LIMIT else None
                 files[str(file.relative_to(self.path))] = {"bytes": size, "sha256": sha}
@@ -180,8 +199,26 @@ class RunDir:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with open(self / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        path = self / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror or error}; free space or fix permissions, then start again"
+            ) from error
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        path = self / f"phases/{name}.json"
+        return self._read(path) if path.exists() else None
+
+    def _changed(self, record: dict[str, Any]) -> Iterator[Path]:
+        """Output files of a phase that are gone or not as recorded."""
+        for relative, expected in record["outputs"].items():
+            file = self / relative
+            intact = file.is_file() and file.stat().st_size == expected["bytes"]
+            if not intact or (expected["sha256"] is not None and digest(file) != expected["sha256"]):
+                yield file
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any]:

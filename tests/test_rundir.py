@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +58,38 @@ def test_phase_is_done_only_while_its_files_are_intact(tmp_path):
     assert run.phase("m1/pairs") is None
 
 
+def test_shards_that_changed_are_made_again(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.open({}, {})
+    shards = [run / f"m1/candidates/shard-0000{i}.jsonl" for i in range(3)]
+    for shard in shards:
+        write_jsonl(shard, [{"a": 1}])
+    run.discard_changed("m1/candidates")
+    run.finish("m1/candidates", shards, 1.0, {})
+    shards[1].write_text('{"a": 2}\n')
+    assert run.phase("m1/candidates") is None
+    run.discard_changed("m1/candidates")
+    assert [shard.exists() for shard in shards] == [True, False, True]
+
+
+def test_what_a_killed_process_left_is_no_output_and_no_obstacle(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    (run / ".run.json.123.tmp").write_text("{")
+    run.open({}, {})
+    write_jsonl(run / "data/ift.jsonl", [])
+    (run / "data/.ift.jsonl.123.tmp").write_text("{")
+    run.finish("prepare", [run / "data"], 1.0, {})
+    assert list(run.phase("prepare")["outputs"]) == ["data/ift.jsonl"]
+
+
+def test_metrics_that_cannot_be_written_are_a_user_error(tmp_path):
+    run = RunDir(tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="cannot write .*metrics.jsonl"):
+        run.log({"phase": "x"})
+
+
 def test_reopening_with_other_keys_or_inputs_names_them(tmp_path):
     run = RunDir(tmp_path)
     run.open({"seed": 1, "dpo.lr": 0.1}, {"model.path": "abc"})
@@ -77,6 +110,8 @@ def test_foreign_folders_and_broken_or_newer_records_are_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"format_version": 99}')
     with pytest.raises(UserError, match="format version 99"):
         RunDir(tmp_path).open({}, {})
+    with pytest.raises(UserError, match="thesis.doc is no folder"):
+        RunDir(tmp_path / "thesis.doc").open({}, {})
 
 
 def test_fingerprint_is_of_content(tmp_path):
@@ -94,3 +129,11 @@ def test_fingerprint_is_of_content(tmp_path):
         file.seek(-1, 2)
         file.write(b"x")
     assert fingerprint(big) != before
+
+
+def test_fingerprint_of_an_unreadable_file_is_a_user_error():
+    unreadable = Path("/proc/self/mem")
+    if not unreadable.exists():
+        pytest.skip("needs Linux's /proc")
+    with pytest.raises(UserError, match="cannot read /proc/self/mem"):
+        fingerprint(unreadable)
