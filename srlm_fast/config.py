@@ -7,6 +7,7 @@ Defaults are the paper's values (arXiv 2401.10020) where it gives one; "choice" 
 from __future__ import annotations
 
 import json
+import math
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -231,16 +232,28 @@ class Config:
             choices = spec.metadata.get("choices")
             if choices and value is not None and value not in choices:
                 raise UserError(f"{name}={value!r}: must be one of {', '.join(choices)}")
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
-                raise UserError(f"{name}={value}: must not be negative")
+            if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{name}={value}: must be a number and not negative")
         for name in _POSITIVE:
-            if lookup(self, name) < 1:
-                raise UserError(f"{name}={lookup(self, name)}: must be at least 1")
+            value = lookup(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
         for name in _SHARES:
             if not 0 < lookup(self, name) <= 1:
                 raise UserError(f"{name}={lookup(self, name)}: must be above 0 and at most 1")
-        if not self.model.dropout < 1:
-            raise UserError(f"model.dropout={self.model.dropout}: must be below 1")
+        for name in _BELOW_ONE:
+            if lookup(self, name) >= 1:
+                raise UserError(f"{name}={lookup(self, name)}: must be below 1")
+        if self.candidates.n < 2:
+            raise UserError(f"candidates.n={self.candidates.n}: must be at least 2, a pair has two answers")
+        if self.judge.min_valid > self.judge.n:
+            raise UserError(f"judge.min_valid={self.judge.min_valid}: must be at most judge.n={self.judge.n}")
+        for name in ("prompts.max_new_tokens", "candidates.max_new_tokens", "judge.max_new_tokens"):
+            if lookup(self, name) >= self.model.max_seq_len:
+                raise UserError(
+                    f"{name}={lookup(self, name)} leaves no room for a prompt in model.max_seq_len="
+                    f"{self.model.max_seq_len}; lower it"
+                )
         longest_pair = self.model.max_seq_len + self.candidates.max_new_tokens
         for name, budget, needed, what in (
             ("sft", self.sft.tokens_per_microbatch, self.model.max_seq_len, "example (model.max_seq_len)"),
@@ -264,9 +277,11 @@ _POSITIVE = (
     "oasst.min_replies",
     "sft.batch_size",
     "sft.epochs",
+    "sft.max_steps",
     "sft.checkpoint_every",
     "dpo.batch_size",
     "dpo.epochs",
+    "dpo.max_steps",
     "dpo.checkpoint_every",
     "eft.attempts",
     "prompts.count",
@@ -274,7 +289,6 @@ _POSITIVE = (
     "prompts.max_requests",
     "prompts.prompts_per_request",
     "prompts.requests_per_round",
-    "candidates.n",
     "candidates.max_new_tokens",
     "candidates.shard_size",
     "judge.n",
@@ -282,6 +296,7 @@ _POSITIVE = (
     "evaluate.n",
     "engine.max_batch",
 )
+_BELOW_ONE = ("model.dropout", "sft.adam_beta1", "sft.adam_beta2", "dpo.adam_beta1", "dpo.adam_beta2")
 _SHARES = ("prompts.top_p", "candidates.top_p", "judge.top_p", "eft.max_share")
 
 
@@ -365,7 +380,7 @@ def _nearest(dotted: str) -> str:
 
 def _coerce(value: Any, hint: Any, dotted: str, source: str) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
+    if type(None) in options and (value is None or value == "none"):
         return None
     for option in options:
         if get_origin(option) is tuple:

@@ -13,7 +13,9 @@ def test_file_then_overrides(tmp_path):
     assert (config.seed, config.dpo.lr, config.dpo.epochs, config.candidates.temperature) == (7, 1e-4, 5, 1.0)
     assert config.model.path == str(tmp_path / "m0"), "a path in a file is relative to the file"
     assert input_paths(config)["oasst.paths"] == [tmp_path / "data/a.jsonl"]
-    assert load_config(file, ["model.tokenizer=null"]).model.tokenizer is None
+    for none in ("null", "none"):
+        config = load_config(file, [f"model.tokenizer={none}", f"dpo.max_steps={none}"])
+        assert config.model.tokenizer is None and config.dpo.max_steps is None
 
 
 def test_defaults_are_the_papers():
@@ -83,8 +85,14 @@ def test_defaults_are_the_papers():
         ("sft.epochs", "not of the form key=value"),
         ("candidates.top_p=0", "above 0 and at most 1"),
         ("judge.n=0", "judge.n=0: must be at least 1"),
-        ("sft.lr=-1", "must not be negative"),
+        ("sft.lr=-1", "must be a number and not negative"),
+        ("sft.lr=.nan", "must be a number and not negative"),
         ("model.dropout=1", "must be below 1"),
+        ("dpo.adam_beta2=1", "dpo.adam_beta2=1.0: must be below 1"),
+        ("dpo.max_steps=0", "must be at least 1"),
+        ("candidates.n=1", "must be at least 2"),
+        ("judge.min_valid=4", "judge.min_valid=4: must be at most judge.n=3"),
+        ("judge.max_new_tokens=4096", "leaves no room for a prompt in model.max_seq_len=4096"),
         ("sft.tokens_per_microbatch=100", "smaller than the longest example .* of 4096 tokens"),
         ("dpo.tokens_per_microbatch=5000", "smaller than the longest pair .* of 5120 tokens"),
     ],
