@@ -28,6 +28,10 @@ def key(default: Any, doc: str, *, path: bool = False, choices: Sequence[str] = 
     return field(default=default, metadata=metadata)
 
 
+GENERATORS = ("base", "sft", "current")
+"""Models of the run that may write new prompts; any other prompts.generator is a folder."""
+
+
 @dataclass
 class ModelConfig:
     path: str = key("", "folder of M0 in Hugging Face layout (config.json, safetensors)", path=True)
@@ -426,6 +430,8 @@ def input_paths(config: Config) -> dict[str, list[Path]]:
     for name, spec, value in walk(config):
         if spec.metadata["path"] and value:
             named[name] = [Path(p) for p in (value if isinstance(value, tuple) else (value,))]
+    if config.prompts.generator not in GENERATORS:
+        named["prompts.generator"] = [Path(config.prompts.generator)]
     return named
 
 

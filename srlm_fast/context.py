@@ -8,11 +8,12 @@ from typing import Any
 
 from srlm_fast import checkpoint
 from srlm_fast.chat import chat_format
-from srlm_fast.config import Config, input_paths
-from srlm_fast.data import Example, RankedPrompt, formats, read_rows
+from srlm_fast.config import GENERATORS, Config, input_paths
+from srlm_fast.data import Example, RankedPrompt, formats, prompts, read_rows
 from srlm_fast.engine import load_engine
 from srlm_fast.engine.base import Engine
 from srlm_fast.errors import Interrupted, UserError
+from srlm_fast.losses import get_loss
 from srlm_fast.model import LlamaConfig
 from srlm_fast.parallel import World
 from srlm_fast.progress import progress
@@ -32,6 +33,10 @@ class Context:
         self.config, self.world = config, world
         self.run_dir = RunDir(config.run_dir)
         self.stopping = False
+        if config.prompts.generator not in GENERATORS and not Path(config.prompts.generator).is_dir():
+            raise UserError(
+                f"prompts.generator={config.prompts.generator!r} is none of {', '.join(GENERATORS)} and no model folder"
+            )
         for name, paths in input_paths(config).items():
             for path in paths:
                 if not path.exists():
@@ -41,6 +46,11 @@ class Context:
         if not config.oasst.paths:
             raise UserError("oasst.paths is empty: name at least one OASST1 file")
         self.llama: LlamaConfig = checkpoint.read_config(Path(config.model.path))
+        if not config.model.random_init and not any(Path(config.model.path).glob("*.safetensors")):
+            raise UserError(
+                f"model.path: no safetensors in {config.model.path}; scripts/convert.py makes them of other formats, "
+                "model.random_init=true starts from random weights"
+            )
         if config.model.max_seq_len > self.llama.max_position_embeddings:
             raise UserError(
                 f"model.max_seq_len={config.model.max_seq_len} is above the model's max_position_embeddings="
@@ -50,8 +60,29 @@ class Context:
         check_vocab(self.tokenizer, self.llama.vocab_size)
         self.chat = chat_format(config.model.chat_format, self.tokenizer)
         self.judge = Judge(self.chat, config.judge, config.model.max_seq_len)
+        self.tasks_template = prompts.load_template(config.prompts.shots_template)
+        self.held_out = self._read_held_out()
+        self._check_losses()
+        self._check_generator()
         self._engine: Engine | None = None
         self._engine_weights: Path | None = None
+
+    def _check_losses(self) -> None:
+        if get_loss(self.config.sft.loss).paired:
+            raise UserError(f"sft.loss={self.config.sft.loss} compares pairs, SFT has single responses; use sft")
+        if not get_loss(self.config.dpo.loss).paired:
+            raise UserError(f"dpo.loss={self.config.dpo.loss} does not compare pairs; use dpo")
+
+    def _check_generator(self) -> None:
+        if self.config.prompts.generator in GENERATORS:
+            return
+        other = checkpoint.read_config(Path(self.config.prompts.generator))
+        check_vocab(self.tokenizer, other.vocab_size)
+        if other.max_position_embeddings < self.config.model.max_seq_len:
+            raise UserError(
+                f"prompts.generator={self.config.prompts.generator} has max_position_embeddings="
+                f"{other.max_position_embeddings}, below model.max_seq_len={self.config.model.max_seq_len}; lower that"
+            )
 
     def main(self, function: Callable[[], Any]) -> Any:
         """Run on rank 0 and give every rank its result, or the same UserError."""
@@ -91,7 +122,14 @@ class Context:
             RankedPrompt(**{**row, "replies": [tuple(reply) for reply in row["replies"]]}) for row in self.rows(name)
         ]
 
-    def held_out(self) -> list[dict[str, Any]]:
+    def generator(self, t: int) -> Path:
+        """Folder of the model that writes the new prompts of iteration t."""
+        name = self.config.prompts.generator
+        if name not in GENERATORS:
+            return Path(name)
+        return self.weights(f"m{t}" if name == "current" else name)
+
+    def _read_held_out(self) -> list[dict[str, Any]]:
         """Rows ("id", "prompt") of evaluate.prompts; none without that key."""
         path = self.config.evaluate.prompts
         if path is None:

@@ -81,7 +81,7 @@ def get_loss(name: str) -> Loss:
     if name not in LOSSES:
         near = get_close_matches(name, LOSSES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"unknown loss {name!r}{hint} Known: {', '.join(LOSSES)}")
+        raise UserError(f"unknown loss {name!r}{hint} (known: {', '.join(LOSSES)})")
     return LOSSES[name]
 
 

@@ -48,7 +48,7 @@ def _answers(run: Context, name: str) -> tuple[list[Path], dict[str, Any]]:
         n, limit = config.evaluate.n, config.model.max_seq_len
         return answer(engine, run.chat, config.candidates, prompts, seed, limit, n=n, on_done=on_done)
 
-    files = run.shards(f"{name}/answers", run.held_out(), work)
+    files = run.shards(f"{name}/answers", run.held_out, work)
     rows = shard_rows(run, f"{name}/answers")
     answers = [(row["prompt"], candidate) for row in rows for candidate in row["candidates"]]
     if not answers:

@@ -13,7 +13,7 @@ from typing import Any
 from srlm_fast import checkpoint, eft, pairs
 from srlm_fast.context import Context
 from srlm_fast.data import RankedPrompt, read_rows
-from srlm_fast.data.prompts import PromptPool, load_template
+from srlm_fast.data.prompts import PromptPool
 from srlm_fast.engine.base import Request
 from srlm_fast.errors import UserError
 from srlm_fast.judge import Judgement
@@ -94,8 +94,7 @@ def new_prompts(run: Context, t: int) -> PhaseResult:
     Completions are kept round by round (mT/prompts/round-*.jsonl); a restart replays the rounds it finds.
     """
     options, name = run.config.prompts, f"m{t}/prompts"
-    source = {"current": f"m{t}"}.get(options.generator, options.generator)
-    engine = run.engine(run.weights(source) if source in ("base", "sft", f"m{t}") else Path(source))
+    engine = run.engine(run.generator(t))
     pool = _pool(run, t)
     asked = rounds = 0
     with progress(name, options.count, unit="prompts", enabled=run.world.is_main) as advance:
@@ -132,11 +131,11 @@ def _pool(run: Context, t: int) -> PromptPool:
     )
     seeds = [example.prompt for example in run.examples("data/ift.jsonl")]
     known = [row["prompt"] for earlier in range(1, t) for row in run.rows(f"m{earlier}/prompts.jsonl")]
-    known += [row["prompt"] for row in run.held_out()]
+    known += [row["prompt"] for row in run.held_out]
     return PromptPool(
         seeds,
         known=known,
-        template=load_template(options.shots_template),
+        template=run.tasks_template,
         seed=derive_seed(run.config.seed, f"m{t}/prompts"),
         **{key: getattr(options, key) for key in keys},
     )
@@ -153,7 +152,8 @@ def _round(run: Context, engine: Any, pool: PromptPool, indices: range, file: Pa
     last_item = re.compile(
         rf"\n\s*{options.ift_shots + options.generated_shots + options.prompts_per_request + 1}[.):]"
     )
-    coded = {i: run.tokenizer.encode(pool.request(i), bos=True) for i in indices[run.world.rank :: run.world.size]}
+    bos = run.tokenizer.bos_id is not None
+    coded = {i: run.tokenizer.encode(pool.request(i), bos=bos) for i in indices[run.world.rank :: run.world.size]}
     requests = [
         Request(
             prompt_ids=ids,

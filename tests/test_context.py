@@ -1,0 +1,79 @@
+"""What a run refuses before any work starts, and what its phases share."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from srlm_fast.config import input_paths, load_config
+from srlm_fast.context import Context
+from srlm_fast.errors import UserError
+from srlm_fast.parallel import World
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "configs/tiny"
+
+
+def context(tmp_path: Path, *overrides: str) -> Context:
+    return Context(load_config(ROOT / "configs/tiny.yaml", [f"run_dir={tmp_path / 'run'}", *overrides]), World())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["dpo.loss=sft"], "dpo.loss=sft does not compare pairs"),
+        (["sft.loss=dpo"], "sft.loss=dpo compares pairs"),
+        (["dpo.loss=dpoo"], "unknown loss 'dpoo'; did you mean 'dpo'"),
+        (["prompts.generator=bas"], "prompts.generator='bas' is none of base, sft, current and no model folder"),
+        (["prompts.shots_template=tiny.txt"], "task-list template has no place {tasks}"),
+        (["judge.template=tiny.txt"], "judge template has no place"),
+        (["evaluate.prompts=tiny.txt"], "tiny.txt:1: broken JSON"),
+        (["evaluate.prompts=empty.jsonl"], "empty.jsonl: no usable row"),
+        (["model.path=config_only"], "model.path: no safetensors in .*config_only; .*model.random_init=true"),
+        (["prompts.generator=short"], "prompts.generator=short has max_position_embeddings=100, below"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused_at_once(tmp_path, monkeypatch, overrides, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.txt").write_text("no place")
+    (tmp_path / "empty.jsonl").write_text("")
+    for name, changes in (("config_only", {}), ("short", {"max_position_embeddings": 100})):
+        (tmp_path / name).mkdir()
+        shutil.copy(TINY / "tokenizer.model", tmp_path / name)
+        hf = {**json.loads((TINY / "config.json").read_text()), **changes}
+        (tmp_path / name / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(UserError, match=says):
+        context(tmp_path, *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_generator_of_new_prompts(tmp_path):
+    models = tmp_path / "run/models"
+    assert context(tmp_path).generator(2) == TINY, "M0 by default"
+    assert context(tmp_path, "prompts.generator=sft").generator(2) == models / "sft"
+    assert context(tmp_path, "prompts.generator=current").generator(2) == models / "m2"
+    other = context(tmp_path, f"prompts.generator={TINY}")
+    assert other.generator(2) == TINY and input_paths(other.config)["prompts.generator"] == [TINY]
+
+
+def test_without_held_out_prompts(tmp_path):
+    assert len(context(tmp_path).held_out) > 100
+    assert context(tmp_path, "evaluate.prompts=none").held_out == []
+
+
+def test_shards_are_resumed_and_empty_input_has_none(tmp_path):
+    run = context(tmp_path, "candidates.shard_size=2")
+    worked = []
+
+    def work(rows, on_done):
+        worked.append(rows)
+        return [{"row": row} for row in rows]
+
+    files = run.shards("x", [1, 2, 3, 4, 5], work)
+    assert [file.name for file in files] == ["shard-00000.jsonl", "shard-00001.jsonl", "shard-00002.jsonl"]
+    assert worked == [[1, 2], [3, 4], [5]]
+    files[1].unlink()
+    assert run.shards("x", [1, 2, 3, 4, 5], work) == files and worked[3:] == [[3, 4]]
+    assert run.rows("x/shard-00001.jsonl") == [{"row": 3}, {"row": 4}]
+    assert run.shards("y", [], work) == []
