@@ -132,5 +132,7 @@ def _partial(run_dir: RunDir, name: str) -> str:
     if kind == "train":
         steps = [path.name for path in (run_dir / f"checkpoints/{model}").glob("step-*")]
         return f"checkpoint {max(steps, key=lambda s: int(s[5:]))}" if steps else ""
-    shards = list((run_dir / name).glob("shard-*.jsonl"))
-    return f"{len(shards)} shards" if shards else ""
+    folders = (f"{model}/answers", f"{model}/judgements") if kind == "evaluate" else (name,)
+    unit = "round" if kind == "prompts" else "shard"
+    n_files = sum(len(list((run_dir / folder).glob(f"{unit}-*.jsonl"))) for folder in folders)
+    return f"{n_files} {unit}s" if n_files else ""

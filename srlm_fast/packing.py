@@ -64,7 +64,10 @@ def pack(items: Sequence[Item], device: torch.device | str = "cpu") -> PackedBat
     targets: list[int] = []
     for item in items:
         if not item.prompt or not item.responses or not all(item.responses):
-            raise UserError(f"a training item needs a prompt and responses of at least one token each, got {item}")
+            raise UserError(
+                f"a training item needs a prompt and responses of at least one token each, got {len(item.prompt)} and "
+                f"{[len(response) for response in item.responses]} tokens; leave it out"
+            )
         prompt_start, prompt_len = len(ids), len(item.prompt)
         ids.extend(item.prompt)
         positions.append(torch.arange(prompt_len))

@@ -69,14 +69,6 @@ class ReferenceCache:
             )
         return torch.tensor(found, dtype=torch.float32)
 
-    def missing(self, items: Sequence[Item]) -> list[int]:
-        """Positions of items of which a response is not cached."""
-        return [
-            position
-            for position, item in enumerate(items)
-            if any(key not in self._values for key in response_keys(self.weights_id, item))
-        ]
-
     def update(self, pairs: Iterable[tuple[bytes, float]]) -> None:
         """Add computed values."""
         self._values.update(pairs)

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from srlm_fast.config import load_config
 from srlm_fast.iterate import phases, status
+from srlm_fast.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "scripts/iterate.py")
@@ -248,3 +249,22 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, overrides,
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and re.search(says, lines[0]), done.stderr
     assert not (tmp_path / "run/models").exists()
+
+
+def test_status_tells_how_far_an_unfinished_phase_has_come(tmp_path):
+    run_dir = RunDir(tmp_path)
+    config = load_config(None, [f"run_dir={tmp_path}", "iterations=1"])
+    parts = {
+        "sft/train": ("checkpoints/sft/step-20/x", "checkpoint step-20"),
+        "sft/evaluate": ("sft/answers/shard-00000.jsonl", "1 shards"),
+        "eft/judge": ("eft/judge/shard-00000.jsonl", "1 shards"),
+        "m1/prompts": ("m1/prompts/round-0000.jsonl", "1 rounds"),
+    }
+    for name, _ in phases(1):
+        if name in parts:
+            file, says = parts[name]
+            (tmp_path / file).parent.mkdir(parents=True)
+            (tmp_path / file).write_text("")
+            (line,) = (line for line in status(config).splitlines() if line.startswith("  next"))
+            assert line.split(maxsplit=2) == ["next", name, says]
+        run_dir.finish(name, [], 1.0, {})

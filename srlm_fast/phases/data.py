@@ -15,10 +15,12 @@ from srlm_fast.phases import PhaseResult
 from srlm_fast.rundir import write_jsonl
 from srlm_fast.seeds import derive_seed
 
+PARTS = ("ift", "eft_train", "eft_eval")
+
 
 def prepare(run: Context) -> PhaseResult:
     """Read OASST1 and share its prompts between IFT and EFT; with model.random_init write M0."""
-    outputs = [run.run_dir / "data"]
+    outputs = [run.run_dir / f"data/{part}.jsonl" for part in PARTS]
     counts = run.main(lambda: _write_splits(run))
     if run.config.model.random_init:
         import torch
@@ -41,7 +43,7 @@ def _write_splits(run: Context) -> dict[str, Any]:
         min_replies=options.min_replies,
         seed=run.config.seed,
     )
-    for name in ("ift", "eft_train", "eft_eval"):
+    for name in PARTS:
         rows = getattr(split, name)
         write_jsonl(run.run_dir / f"data/{name}.jsonl", (asdict(row) for row in rows))
         counts = {**counts, name: len(rows)}

@@ -198,10 +198,12 @@ def candidates(run: Context, t: int) -> PhaseResult:
         )
 
     files = run.shards(name, run.rows(f"m{t}/prompts.jsonl"), work)
-    answers = [candidate for row in shard_rows(run, name) for candidate in row["candidates"]]
+    rows = shard_rows(run, name)
+    answers = [candidate for row in rows for candidate in row["candidates"]]
     judgements = [j for candidate in answers for j in candidate["judgements"]]
     return files, {
         "candidates": len(answers),
+        "too_long": sum(not row["candidates"] for row in rows),
         "mean_score": _mean([c["score"] for c in answers if c["score"] is not None]),
         "unparsable": _mean([j["score"] is None for j in judgements]),
         "truncated": _mean([c["finish_reason"] == "length" for c in answers]),

@@ -30,6 +30,11 @@ def sft(run: Context, name: str, sources: Sequence[str]) -> PhaseResult:
     """SFT of M0 on the examples of the run's jsonl files; writes models/NAME."""
     examples = [example for source in sources for example in run.examples(source)]
     items = sft_items(run, examples)
+    if not items:
+        raise UserError(
+            f"{name}/train: none of {len(examples)} examples fits model.max_seq_len={run.config.model.max_seq_len}; "
+            "raise it"
+        )
     outputs, counts = _train(run, name, run.weights("base"), run.config.sft, items)
     return outputs, {**counts, "too_long": len(examples) - len(items)}
 
@@ -50,7 +55,12 @@ def reference(run: Context, t: int) -> PhaseResult:
     plan = split_batch([item.n_tokens for item in items], run.config.dpo.tokens_per_microbatch, run.world.size)
     mine = [per_rank[run.world.rank] for per_rank in plan]
     with progress(f"m{t}/reference", sum(map(len, mine)), unit="pairs", enabled=run.world.is_main) as advance:
-        values = compute(model, items, weights_id, mine, device=run.world.device, progress=advance)
+
+        def on_done(n: int) -> None:
+            run.check_stop()
+            advance(n)
+
+        values = compute(model, items, weights_id, mine, device=run.world.device, progress=on_done)
     cache = ReferenceCache(weights_id)
     for part in run.world.gather(values):
         cache.update(part)
