@@ -376,6 +376,9 @@ def _apply(section: Any, tree: dict[str, Any], prefix: str, source: str, folder:
 
 def _nearest(dotted: str) -> str:
     names = [name for name, _, _ in walk(Config())]
+    if dotted in names:
+        section, _, name = dotted.partition(".")
+        return f"; write it inside its section, {section}: {{{name}: ...}}"
     close = get_close_matches(dotted, names, n=1, cutoff=0.5)
     if not close:
         close = [name for name in names if name.rsplit(".", 1)[-1] == dotted.rsplit(".", 1)[-1]][:1]

@@ -75,8 +75,11 @@ def iterate(config: Config, world: World) -> Context:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     run.main(lambda: _open(run))
-    for name, phase in phases(config.iterations):
-        _run_phase(run, name, phase)
+    try:
+        for name, phase in phases(config.iterations):
+            _run_phase(run, name, phase)
+    finally:
+        run.run_dir.unlock()
     return run
 
 
@@ -85,6 +88,7 @@ def _open(run: Context) -> None:
 
     inputs = {key: "+".join(map(fingerprint, paths)) for key, paths in input_paths(run.config).items()}
     run.run_dir.open(results_keys(run.config), inputs)
+    run.run_dir.lock()
     with atomic_file(run.run_dir / "config.yaml") as file:
         yaml.safe_dump(to_dict(run.config), file, sort_keys=False)
 

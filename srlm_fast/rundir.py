@@ -12,6 +12,7 @@ reader never sees half of one; a phase without its phases/NAME.json is done agai
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -125,6 +126,7 @@ class RunDir:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock: IO[str] | None = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -162,6 +164,26 @@ class RunDir:
                 raise UserError(
                     f"{self.path} was started with other {part} ({what}); restore them or choose another run_dir"
                 )
+
+    def lock(self) -> None:
+        """Keep other processes out until `unlock` or the end of this one, however it ends.
+
+        Raises:
+            UserError: when another process is at work in the run.
+        """
+        try:
+            self._lock = open(self / ".lock", "w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process works in {self.path}; wait for it or choose another run_dir") from None
+        except OSError:
+            pass  # a file system without locks; one without permission to write is told of by the next file
+
+    def unlock(self) -> None:
+        """Undo `lock`."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def phase(self, name: str) -> dict[str, Any] | None:
         """What was recorded when the phase was done; None if it is not done or its files are gone or changed."""

@@ -103,7 +103,13 @@ def test_bad_values_are_refused_by_name(override, says):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("a: [", "not valid YAML"), ("- 1", "must hold a mapping"), ("dpo: 3", "section")]
+    ("text", "says"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "must hold a mapping"),
+        ("dpo: 3", "section"),
+        ("dpo.lr: 1", r"unknown key 'dpo.lr'; write it inside its section, dpo: \{lr: ...\}"),
+    ],
 )
 def test_bad_files_are_refused(tmp_path, text, says):
     file = tmp_path / "bad.yaml"

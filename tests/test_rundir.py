@@ -83,6 +83,16 @@ def test_what_a_killed_process_left_is_no_output_and_no_obstacle(tmp_path):
     assert list(run.phase("prepare")["outputs"]) == ["data/ift.jsonl"]
 
 
+def test_a_run_is_worked_on_by_one_process_at_a_time(tmp_path):
+    one, other = RunDir(tmp_path), RunDir(tmp_path)
+    one.lock()
+    with pytest.raises(UserError, match="another process works in"):
+        other.lock()
+    one.unlock()
+    other.lock()
+    other.unlock()
+
+
 def test_metrics_that_cannot_be_written_are_a_user_error(tmp_path):
     run = RunDir(tmp_path)
     (tmp_path / "metrics.jsonl").mkdir()

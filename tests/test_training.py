@@ -5,7 +5,7 @@ import pytest
 from srlm_fast.errors import UserError
 from srlm_fast.packing import Item
 from srlm_fast.pairs import FORMAT, make_pairs
-from srlm_fast.phases.training import pair_items
+from srlm_fast.phases.training import discard, pair_items
 from srlm_fast.rundir import write_jsonl
 
 
@@ -30,3 +30,16 @@ def test_pairs_become_items_and_other_formats_are_refused(tmp_path):
             UserError, match=rf"pairs.jsonl:2: a pair of format .*, this program reads {FORMAT}; delete"
         ):
             pair_items(path)
+
+
+def test_a_kill_while_checkpoints_are_deleted_leaves_none_that_looks_whole(tmp_path, monkeypatch):
+    checkpoints = tmp_path / "m1"
+    write_jsonl(checkpoints / "step-3/state", [])
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda folder, ignore_errors: folder.exists() and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            discard(checkpoints)
+    assert not checkpoints.exists()
+    write_jsonl(checkpoints / "step-4/state", [])
+    discard(checkpoints)
+    assert list(tmp_path.iterdir()) == []

@@ -125,5 +125,13 @@ def _train(
     counts = {"items": len(items), "steps": trainer.total_steps, "last_loss": losses[-1]}
     del model, trainer
     gc.collect()
-    run.main(lambda: shutil.rmtree(folder, ignore_errors=True))
+    run.main(lambda: discard(folder))
     return [run.weights(name)], counts
+
+
+def discard(checkpoints: Path) -> None:
+    """Delete the checkpoints of a finished training; a kill on the way leaves none that looks whole."""
+    trash = checkpoints.with_name(f".{checkpoints.name}.old")
+    shutil.rmtree(trash, ignore_errors=True)
+    checkpoints.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
