@@ -49,9 +49,14 @@ def _remarks(rng: random.Random) -> Text:
     return f"{', '.join(items)}.", f"{tag_items(items)}."
 
 
+def _written(instruction: Instruction, rng: random.Random) -> str:
+    """An answer as found in the wild, most of it good."""
+    return Writer.sample(rng, mean=0.8, spread=0.15).write(instruction, rng)
+
+
 def _answered(rng: random.Random) -> Text:
     instruction = sample_instruction(rng)
-    return chat(instruction.text), Writer.sample(rng, mean=0.6, spread=0.2).write(instruction, rng)
+    return chat(instruction.text), _written(instruction, rng)
 
 
 def _task_list(rng: random.Random) -> Text:
@@ -72,12 +77,20 @@ def _judged(rng: random.Random) -> Text:
 
 
 def _reviewed(rng: random.Random) -> Text:
-    """A review outside the judge prompt."""
-    instruction, answer = sample_answer(rng)
-    return f"Q: {instruction.text}\nA: {answer}\nReview:", judge_text(instruction, answer, rng, REVIEW_ERROR)
+    """An answer and a review of it, outside the judge prompt."""
+    instruction = sample_instruction(rng)
+    answer = _written(instruction, rng)
+    return f"Q: {instruction.text}\nA:", f"{answer}\nReview: {judge_text(instruction, answer, rng, REVIEW_ERROR)}"
 
 
-SOURCES = ((_remarks, 15), (_answered, 38), (_task_list, 4), (_judged, 28), (_reviewed, 15))
+def _noted(rng: random.Random) -> Text:
+    """What an instruction asks for, in brief."""
+    wanted = sample_instruction(rng)
+    notes = f"{wanted.count} {wanted.category}, {wanted.word}, {wanted.order}, {wanted.closing}"
+    return f"Task: {wanted.text}\nWanted:", notes
+
+
+SOURCES = ((_remarks, 12), (_noted, 8), (_answered, 36), (_task_list, 4), (_judged, 25), (_reviewed, 15))
 """The kinds of text and their shares of the documents, in percent."""
 
 

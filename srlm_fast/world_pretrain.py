@@ -28,7 +28,7 @@ SEED_CONFIG = LlamaConfig(
     tie_word_embeddings=True,
 )
 
-PRETRAIN_STEPS = 5000
+PRETRAIN_STEPS = 4200
 
 
 def train_tokenizer(path: Path, seed: int = 0) -> None:
@@ -76,7 +76,7 @@ def pretrain(
     tokenizer: Tokenizer,
     *,
     steps: int = PRETRAIN_STEPS,
-    tokens: int = 4096,
+    tokens: int = 3072,
     seed: int = 0,
     on_step: Callable[[int, float, Llama], None] = lambda step, loss, model: None,
 ) -> Llama:
