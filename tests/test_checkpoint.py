@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_model import CASES, SMALL, packed_logits
 
-from srlm_fast.checkpoint import load_model, load_weights, read_config, save_weights, weights_id
+from srlm_fast.checkpoint import load_model, load_weights, read_config, save_weights, weights_id, write_folder
 from srlm_fast.errors import UserError
 from srlm_fast.model import Llama, LlamaConfig
 
@@ -319,6 +320,24 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
     assert weights_id(folder) == expected
+
+
+def test_writing_holds_two_tensors_at_most(tmp_path):
+    specs = [(f"t{i}", (1000,), torch.float32) for i in range(9)]
+    alive: list[weakref.ref] = []
+
+    def tensors():
+        for i, _ in enumerate(specs):
+            assert sum(ref() is not None for ref in alive) <= 1
+            tensor = torch.full((1000,), float(i))
+            alive.append(weakref.ref(tensor))
+            yield tensor
+            del tensor
+
+    write_folder(tmp_path / "m", make_model().config, specs, tensors(), max_shard_bytes=8000)
+    files = sorted((tmp_path / "m").glob("*.safetensors"))
+    assert [list(load_file(file)) for file in files] == [["t0", "t1"], ["t2", "t3"], ["t4", "t5"], ["t6", "t7"], ["t8"]]
+    assert all((tensor == int(name[1:])).all() for file in files for name, tensor in load_file(file).items())
 
 
 def test_an_exception_on_the_way_leaves_nothing_behind(tmp_path, folder):
