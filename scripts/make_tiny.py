@@ -1,6 +1,6 @@
 """Makes configs/tiny: tokenizer, human data, held-out prompts, judge prompt, and the pretrained seed model M0.
 
-    python scripts/make_tiny.py [--out configs/tiny] [--seed 0] [--steps N] [--threads 2]
+    python scripts/make_tiny.py [--out configs/tiny] [--seed 0] [--threads 2]
     python scripts/make_tiny.py --data-only       the texts alone, in a second
 
 Pretraining takes about half an hour on two cores. Exit code 2: bad input (one line says what).
@@ -17,7 +17,7 @@ from srlm_fast.checkpoint import save_weights
 from srlm_fast.errors import UserError
 from srlm_fast.tokenizer import load_tokenizer
 from srlm_fast.world_corpus import write_data
-from srlm_fast.world_pretrain import PRETRAIN_STEPS, pretrain, train_tokenizer
+from srlm_fast.world_pretrain import pretrain, train_tokenizer
 
 
 def report(step: int, loss: float, _model: torch.nn.Module) -> None:
@@ -29,7 +29,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("configs/tiny"), help="model folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the data and of the pretraining")
-    parser.add_argument("--steps", type=int, default=PRETRAIN_STEPS, help="optimizer steps of the pretraining")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--data-only", action="store_true", help="write the texts only, into an existing folder")
     arguments = parser.parse_args()
@@ -44,7 +43,7 @@ def main() -> int:
             folder = Path(name)
             train_tokenizer(folder / "tokenizer.model", arguments.seed)
             write_data(folder, seed=arguments.seed)
-            model = pretrain(load_tokenizer(folder), steps=arguments.steps, seed=arguments.seed, on_step=report)
+            model = pretrain(load_tokenizer(folder), seed=arguments.seed, on_step=report)
             save_weights(model, arguments.out, dtype=torch.bfloat16, extra_files=sorted(folder.iterdir()))
         return 0
     except UserError as error:

@@ -175,7 +175,7 @@ class Context:
         size = self.config.candidates.shard_size
         files = [self.run_dir / f"{name}/shard-{i:05d}.jsonl" for i in range((len(rows) + size - 1) // size)]
         todo = self.main(lambda: [i for i, file in enumerate(files) if not file.exists()])
-        total = sum(len(rows[i * size : (i + 1) * size]) for i in todo)
+        total = sum(len(rows[i * size : (i + 1) * size]) for i in todo) // self.world.size  # this rank's share, about
         with progress(name, total, unit="rows", enabled=self.world.is_main) as advance:
 
             def on_done(n: int) -> None:

@@ -90,13 +90,16 @@ def _noted(rng: random.Random) -> Text:
     return f"Task: {wanted.text}\nWanted:", notes
 
 
-SOURCES = ((_remarks, 12), (_noted, 8), (_answered, 36), (_task_list, 4), (_judged, 25), (_reviewed, 15))
-"""The kinds of text and their shares of the documents, in percent."""
+STAGES = (
+    ((_remarks, 12), (_noted, 8), (_answered, 36), (_task_list, 4), (_judged, 25), (_reviewed, 15)),
+    ((_remarks, 12), (_noted, 4), (_answered, 20), (_task_list, 4), (_judged, 48), (_reviewed, 12)),
+)
+"""The kinds of text and their shares of the documents, in percent, in the two stages of pretraining."""
 
 
-def documents(rng: random.Random) -> Iterator[Text]:
-    """Endless pretraining texts."""
-    makers, shares = zip(*SOURCES, strict=True)
+def documents(rng: random.Random, stage: int = 0) -> Iterator[Text]:
+    """Endless pretraining texts of one stage."""
+    makers, shares = zip(*STAGES[stage], strict=True)
     while True:
         (maker,) = rng.choices(makers, shares)
         yield maker(rng)

@@ -4,7 +4,13 @@ Each takes the run's `Context` and returns (output files or folders, counts for 
 their order; nothing here does.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 PhaseResult = tuple[list[Path], dict[str, Any]]
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Mean to four digits, as counts show it; None of nothing."""
+    return round(sum(values) / len(values), 4) if values else None

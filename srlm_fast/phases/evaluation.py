@@ -11,7 +11,7 @@ from srlm_fast.context import Context
 from srlm_fast.errors import UserError
 from srlm_fast.evaluate import Ranked, judge_metrics, ranks
 from srlm_fast.judge import aggregate
-from srlm_fast.phases import PhaseResult
+from srlm_fast.phases import PhaseResult, mean
 from srlm_fast.phases.generation import judge_ranked, shard_rows
 from srlm_fast.rollout import answer
 from srlm_fast.rundir import write_json
@@ -56,12 +56,12 @@ def _answers(run: Context, name: str) -> tuple[list[Path], dict[str, Any]]:
             f"evaluate.prompts={config.evaluate.prompts}: no prompt fits model.max_seq_len with room for an answer"
         )
     metrics = {
-        "answer_tokens": _mean([len(c["token_ids"]) for _, c in answers]),
-        "answer_characters": _mean([len(c["text"]) for _, c in answers]),
-        "answers_truncated": _mean([c["finish_reason"] == "length" for _, c in answers]),
+        "answer_tokens": mean([len(c["token_ids"]) for _, c in answers]),
+        "answer_characters": mean([len(c["text"]) for _, c in answers]),
+        "answers_truncated": mean([c["finish_reason"] == "length" for _, c in answers]),
     }
     if config.evaluate.truth is not None:
-        metrics["true_quality"] = _mean([_truth(run, prompt, c["text"]) for prompt, c in answers])
+        metrics["true_quality"] = mean([_truth(run, prompt, c["text"]) for prompt, c in answers])
     return files, metrics
 
 
@@ -79,7 +79,7 @@ def _judge(run: Context, name: str) -> dict[str, Any]:
     every = [j["score"] for of_prompt in judged.values() for of_reply in of_prompt for j in of_reply]
     metrics = {
         "judge": judge_metrics(human, **settings),
-        "unparsable_judgements": _mean([score is None for score in every]),
+        "unparsable_judgements": mean([score is None for score in every]),
     }
     if truth:
         metrics["judge_truth"] = judge_metrics(truth, **settings)
@@ -93,7 +93,3 @@ def _truth(run: Context, prompt: str, text: str) -> int:
             f"evaluate.truth={run.config.evaluate.truth} cannot score answers to {prompt!r}; leave it unset"
         )
     return score
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None

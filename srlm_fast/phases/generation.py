@@ -17,7 +17,7 @@ from srlm_fast.data.prompts import PromptPool
 from srlm_fast.engine.base import Request
 from srlm_fast.errors import UserError
 from srlm_fast.judge import Judgement
-from srlm_fast.phases import PhaseResult
+from srlm_fast.phases import PhaseResult, mean
 from srlm_fast.progress import progress
 from srlm_fast.rollout import Judge, Reply, answer, judge_replies
 from srlm_fast.rundir import write_jsonl
@@ -204,10 +204,10 @@ def candidates(run: Context, t: int) -> PhaseResult:
     return files, {
         "candidates": len(answers),
         "too_long": sum(not row["candidates"] for row in rows),
-        "mean_score": _mean([c["score"] for c in answers if c["score"] is not None]),
-        "unparsable": _mean([j["score"] is None for j in judgements]),
-        "truncated": _mean([c["finish_reason"] == "length" for c in answers]),
-        "mean_tokens": _mean([len(c["token_ids"]) for c in answers]),
+        "mean_score": mean([c["score"] for c in answers if c["score"] is not None]),
+        "unparsable": mean([j["score"] is None for j in judgements]),
+        "truncated": mean([c["finish_reason"] == "length" for c in answers]),
+        "mean_tokens": mean([len(c["token_ids"]) for c in answers]),
         "scores": dict(sorted(Counter(round(j["score"]) for j in judgements if j["score"] is not None).items())),
     }
 
@@ -240,7 +240,3 @@ def shard_rows(run: Context, name: str) -> list[dict[str, Any]]:
     """The rows of all shards of a phase, in order."""
     files = sorted((run.run_dir / name).glob("shard-*.jsonl"))
     return [row for file in files for _, row in read_rows(file)]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
