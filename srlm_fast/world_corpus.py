@@ -139,7 +139,7 @@ def write_data(folder: Path, *, seed: int = 0, n_prompts: int = 1200, n_held_out
 
     No held-out prompt has the demands of one in oasst.jsonl.gz. The bytes depend on the arguments only.
     """
-    rows = human_trees(random.Random(seed), n_prompts + n_held_out, mean=0.42, spread=0.15, rank_noise=0.5)
+    rows = human_trees(random.Random(seed), n_prompts + n_held_out, mean=0.3, spread=0.15, rank_noise=0.5)
     prompts = [row["text"] for row in rows if row["role"] == "prompter"]
     first_held_out = next(i for i, row in enumerate(rows) if row["text"] == prompts[n_prompts])
     lines = "".join(json.dumps(row) + "\n" for row in rows[:first_held_out])
