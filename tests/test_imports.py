@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "evaluate": set(),
     "parallel": {"model"},
     "checkpoint": {"model", "rundir"},
-    "convert": {"model", "checkpoint"},
+    "convert": {"model", "checkpoint", "progress", "tokenizer"},
     "reference": {"packing", "losses", "rundir"},
     "trainer": {"config", "losses", "packing", "parallel", "reference", "rundir"},
     "engine": {"engine", "model", "checkpoint", "native_ops", "kernels"},
