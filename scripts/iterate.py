@@ -13,7 +13,7 @@ from srlm_fast.config import describe, load_config
 from srlm_fast.errors import Interrupted, UserError
 
 
-def main() -> int:
+def main() -> int | None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"keys:\n{describe()}", formatter_class=formatter)
     parser.add_argument("--config", help="YAML file of keys")
@@ -30,17 +30,21 @@ def main() -> int:
             print(status(config))
             return 0
         world = World()
-        run = iterate(config, world)
-        if world.is_main:
-            print_summary(run)
-        world.close()
-        return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    code = 0
+    try:
+        run = iterate(config, world)
+        if world.is_main:
+            print_summary(run)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
-        return 143
+        code = 143
+    world.exit(code)
 
 
 if __name__ == "__main__":

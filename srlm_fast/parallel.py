@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from itertools import count
@@ -72,10 +73,19 @@ class World:
         store, key = dist.distributed_c10d._get_default_store(), f"srlm/claims/{World._n_claims}"
         return (store.add(key, 1) - 1 for _ in count())
 
-    def close(self) -> None:
-        """Leave the process group."""
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+    def exit(self, code: int) -> None:
+        """Leave the process group and end the process.
+
+        With several ranks Python's own way out is not taken: a thread of gloo that lets go of a last tensor while the
+        interpreter shuts down aborts the process, and a finished run would count as failed.
+        """
+        if self.size > 1:
+            if dist.is_initialized() and code == 0:
+                dist.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
 
 
 def shard(model: Llama, world: World) -> nn.Module:

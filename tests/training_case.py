@@ -111,4 +111,4 @@ if __name__ == "__main__":
     weights = full_weights(trainer.model)
     if world.is_main:
         torch.save({"weights": weights, "steps": steps}, Path(out) / "result.pt")
-    world.close()
+    world.exit(0)
