@@ -17,8 +17,9 @@ NATIVE := $(if $(filter Darwin,$(shell uname)),srlm_fast/libsrlm.dylib,srlm_fast
 
 .PHONY: demo test lint bench build clean
 
+# Two threads: a model this small gains nothing from more, and loses much on a machine of many cores.
 demo: build
-	$(BIN)/torchrun --nproc-per-node 1 scripts/iterate.py --config configs/tiny.yaml
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/torchrun --nproc-per-node 1 scripts/iterate.py --config configs/tiny.yaml
 
 test: lint
 	if [ -d build/native ]; then ctest --test-dir build/native --output-on-failure; fi
