@@ -45,7 +45,6 @@ PHRASINGS = (
     "Give me {count} {category}. Use {word}. Sort them {order}. Finish with {closing}.",
     "I need {count} {category} in order {order}, {word} included, last word {closing}.",
 )
-MAX_SCORE = len(DEMANDS)
 
 _NAMES = tuple(CATEGORIES)
 _CATEGORY_OF = {word: name for name, words in CATEGORIES.items() for word in words}
