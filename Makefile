@@ -13,7 +13,7 @@ TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch>=2.10,torch==2.13.0)
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.srlm-fast-installed
-NATIVE := $(if $(filter Darwin,$(shell uname)),srlm_fast/libsrlm.dylib,srlm_fast/libsrlm.so)
+NATIVE := srlm_fast/libsrlm_default$(if $(filter Darwin,$(shell uname)),.dylib,.so)
 
 .PHONY: demo test lint bench build clean
 
@@ -34,7 +34,7 @@ bench: build
 build: $(NATIVE)
 
 # Without CMake or a compiler this makes no file and the plain-Python operators are used; setup.py says so.
-$(NATIVE): CMakeLists.txt $(wildcard csrc/*) | $(INSTALLED)
+$(NATIVE): CMakeLists.txt $(wildcard csrc/* csrc/test/*) | $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 $(INSTALLED): pyproject.toml setup.py requirements/constraints.txt | $(BIN)/python
@@ -47,4 +47,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build srlm_fast/libsrlm.so srlm_fast/libsrlm.dylib *.egg-info $(INSTALLED)
+	rm -rf build srlm_fast/libsrlm_*.so srlm_fast/libsrlm_*.dylib *.egg-info $(INSTALLED)

@@ -7,6 +7,7 @@ says so, and `srlm_fast.native_ops` runs its plain-Python versions.
     python setup.py build_ext --inplace       # builds them again, in place
 """
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-LIBRARY = f"libsrlm{'.dylib' if sys.platform == 'darwin' else '.so'}"
+BUILD = ROOT / "build" / "native"
+SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+CAPABILITIES = ("default", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("default",)
 
 
 def torch_folder() -> Path | None:
@@ -33,38 +36,42 @@ def torch_folder() -> Path | None:
 
 
 class CMakeBuild(build_ext):
-    """Builds csrc/ into srlm_fast/libsrlm.so; never fails the install."""
+    """Builds csrc/ into srlm_fast/libsrlm_<instruction set>.so; never fails the install."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split(".")[:-1], LIBRARY))
+        return str(Path(*fullname.split("."))) + SUFFIX
 
-    def build_extension(self, ext: Extension) -> None:
-        reason = self.compile(Path(self.get_ext_fullpath(ext.name)).resolve())
+    def build_extensions(self) -> None:
+        reason = self.compile()
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name)).resolve()
+            if reason:
+                target.unlink(missing_ok=True)  # rather none than one of older sources
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fresh = target.with_suffix(".new")
+            shutil.copyfile(BUILD / target.name, fresh)
+            fresh.replace(target)  # a process that has the old file loaded keeps it
         if reason:
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # rather none than one of older sources
             print(f"srlm-fast: native operators not built ({reason}); the plain-Python ones will be used", flush=True)
 
-    def compile(self, target: Path) -> str | None:
+    def compile(self) -> str | None:
+        """Runs CMake; returns why there is no result, if there is none."""
         torch = torch_folder()
         if not shutil.which("cmake"):
             return "no cmake on PATH"
         if torch is None:
             return "no torch in this environment; install torch, then run `python setup.py build_ext --inplace`"
-        build = ROOT / "build" / "native"
         steps = (
-            ["cmake", "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_DIR={torch}"],
-            ["cmake", "--build", build, "--parallel"],
+            ["cmake", "-S", ROOT, "-B", BUILD, "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_DIR={torch}"],
+            ["cmake", "--build", BUILD, "--parallel"],
         )
         for step in steps:
             done = subprocess.run(step, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode:
                 print(done.stdout, flush=True)
-                shutil.rmtree(build, ignore_errors=True)  # a failed configuration would be remembered
+                shutil.rmtree(BUILD, ignore_errors=True)  # a failed configuration would be remembered
                 return f"`{' '.join(map(str, step[:2]))}` failed, see above"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_suffix(".new")
-        shutil.copyfile(build / LIBRARY, fresh)
-        fresh.replace(target)  # a process that has the old file loaded keeps it
         return None
 
 
@@ -72,6 +79,6 @@ setup(
     packages=find_packages(include=["srlm_fast", "srlm_fast.*"]) + ["srlm_fast.kernels"],
     # A top-level package named `kernels` would shadow the PyPI package of that name, which transformers imports.
     package_dir={"srlm_fast.kernels": "kernels"},
-    ext_modules=[Extension("srlm_fast.libsrlm", sources=[], optional=True)],
+    ext_modules=[Extension(f"srlm_fast.libsrlm_{name}", sources=[], optional=True) for name in CAPABILITIES],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -5,12 +5,6 @@
 #include <cmath>
 #include <cstring>
 
-// One binary for every x86-64: the loader picks the widest version that the machine has.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define SRLM_WIDEST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SRLM_WIDEST
-#endif
 #define SRLM_INLINE inline __attribute__((always_inline))
 
 namespace srlm {
@@ -77,7 +71,7 @@ SRLM_INLINE void weighted_sum(const float* weights, const float* v, int64_t leng
 
 }  // namespace
 
-SRLM_WIDEST void decode_attention(const float* q, const float* k, const float* v, int64_t n_queries, int64_t length,
+void decode_attention(const float* q, const float* k, const float* v, int64_t n_queries, int64_t length,
                                   int64_t head_dim, int64_t stride, float scale, float* scores, float* out) {
   for (int64_t query = 0; query < n_queries; ++query, q += head_dim, out += head_dim) {
     for (int64_t t = 0; t < length; ++t) scores[t] = dot(q, k + t * stride, head_dim, stride) * scale;

@@ -80,7 +80,8 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
 
 }  // namespace
 
-TORCH_LIBRARY(srlm, m) {
+// The operators without a counterpart in kernels/ have their schemas here; those of the others are in kernels/.
+TORCH_LIBRARY_FRAGMENT(srlm, m) {
   m.def("first_fit_decreasing(Tensor lengths, int budget) -> Tensor");
   m.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions) -> "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,19 +16,24 @@ OPERATORS = ("decode_attention", "first_fit_decreasing")
 """What the shared object must hold, as torch.ops.srlm.<name>."""
 
 
+def library_name() -> str:
+    """The shared object for this machine: torch's own choice of instruction set, so that both can be capped alike."""
+    capability = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
+    return f"libsrlm_{capability}{'.dylib' if sys.platform == 'darwin' else '.so'}"
+
+
 @functools.cache
 def native_available() -> bool:
     """Whether the shared object is there and loads; warns once per process when it does not."""
-    folder = Path(__file__).parent
-    found = [path for path in (folder / "libsrlm.so", folder / "libsrlm.dylib") if path.is_file()]
-    if found:
+    path = Path(__file__).parent / library_name()
+    if path.is_file():
         try:
-            torch.ops.load_library(str(found[0]))
+            torch.ops.load_library(str(path))
             if all(hasattr(torch.ops.srlm, name) for name in OPERATORS):
                 return True
-            reason = f"{found[0].name} is of older sources"
+            reason = f"{path.name} is of older sources"
         except OSError as error:
-            reason = f"{found[0].name} does not load into torch {torch.__version__}: {error}"
+            reason = f"{path.name} does not load into torch {torch.__version__}: {error}"
     else:
         reason = "they were not built"
     warnings.warn(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before srlm_fast.kernels is imported: Triton's kernels then run on the CPU
+
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -82,3 +88,12 @@ def bpe_folder(shared_data, tmp_path_factory) -> Path:
     config = {"bos_token": "<|begin|>", "eos_token": eos, "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(params=["cpp", "torch", "triton"])
+def implementation(request):
+    """Runs a test of an operator with its C++, its plain-torch and its Triton version (interpreted)."""
+    from kernel_case import running
+
+    with running(request.param):
+        yield request.param

@@ -126,7 +126,7 @@ def test_decode_attention_operator_checks_its_arguments():
 @pytest.mark.parametrize("content", [None, b"not a shared object"])
 def test_one_warning_where_not_built(monkeypatch, tmp_path, content):
     if content:
-        (tmp_path / "libsrlm.so").write_bytes(content)
+        (tmp_path / native_ops.library_name()).write_bytes(content)
     monkeypatch.setattr(native_ops, "__file__", str(tmp_path / "native_ops.py"))
     native_ops.native_available.cache_clear()
     try:
