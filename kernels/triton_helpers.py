@@ -69,6 +69,6 @@ def exp(x):
 @triton.jit
 def tanh(x):
     """tanh(x) within 1e-7, from exp2 of a nonpositive number; libdevice is unknown to the interpreter."""
-    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     t = (1 - e) / (1 + e)
     return tl.where(x < 0, -t, t)
