@@ -214,6 +214,11 @@ class Config:
     run_dir: str = key("runs/default", "folder of the run; relative to the working directory", operational=True)
     seed: int = key(0, "every random choice derives from it")
     iterations: int = key(2, "rounds of self-rewarding DPO after M1 (paper: two, M2 and M3)", operational=True)
+    kernels: str = key(
+        "fused",
+        "the operators of srlm_fast.kernels, or the same formulas in plain torch (slower, for comparison)",
+        choices=("fused", "reference"),
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     oasst: OasstConfig = field(default_factory=OasstConfig)
     sft: SftConfig = field(default_factory=SftConfig)

@@ -13,6 +13,7 @@ from srlm_fast.data import Example, RankedPrompt, formats, prompts, read_rows
 from srlm_fast.engine import load_engine
 from srlm_fast.engine.base import Engine
 from srlm_fast.errors import Interrupted, UserError
+from srlm_fast.kernels import library
 from srlm_fast.losses import get_loss
 from srlm_fast.model import LlamaConfig
 from srlm_fast.parallel import World
@@ -31,6 +32,7 @@ class Context:
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
+        library.use(config.kernels)
         self.run_dir = RunDir(config.run_dir)
         self.stopping = False
         if config.prompts.generator not in GENERATORS and not Path(config.prompts.generator).is_dir():

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srlm_fast.errors import UserError
+from srlm_fast.kernels import library
+from srlm_fast.kernels.preference import preference_loss
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,20 @@ class Loss:
     """A registered loss.
 
     fn(logps, beta=, label_smoothing=) -> one value per response, or per pair if `paired`; the trainer sums the values
-    over the global batch and divides by the count of `unit` ("tokens", "responses" or "pairs").
+    over the global batch and divides by the count of `unit` ("tokens", "responses" or "pairs"). `kind` is its name in
+    `kernels.preference`, if it is there.
     """
 
     fn: Callable[..., Tensor]
     unit: str
     needs_reference: bool = False
     paired: bool = False
+    kind: str = ""
 
 
 LOSSES: dict[str, Loss] = {
     "sft": Loss(sft, unit="tokens"),
-    "dpo": Loss(dpo, unit="pairs", needs_reference=True, paired=True),
+    "dpo": Loss(dpo, unit="pairs", needs_reference=True, paired=True, kind="sigmoid"),
 }
 
 
@@ -83,6 +87,29 @@ def get_loss(name: str) -> Loss:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"unknown loss {name!r}{hint} (known: {', '.join(LOSSES)})")
     return LOSSES[name]
+
+
+def evaluate(
+    loss: Loss, logps: Tensor, lengths: Tensor, reference: Tensor | None, *, beta: float, label_smoothing: float
+) -> tuple[Tensor, LogProbs]:
+    """A loss from token log-probabilities: in one launch where it has a kernel and kernels are in use.
+
+    Args:
+        loss: a registered loss.
+        logps: fp32 [N], response after response.
+        lengths: int64 [S], tokens of each response.
+        reference: fp32 [S] summed log-probabilities of the reference model, for a loss that needs them.
+
+    Returns:
+        The values, [S] or [S / 2], and the sums that they were made from.
+    """
+    if loss.kind and library.fused():
+        values, sums = preference_loss(
+            logps, lengths, reference, kind=loss.kind, beta=beta, label_smoothing=label_smoothing
+        )
+        return values, LogProbs(sums, reference, lengths)
+    sums = LogProbs(sequence_sums(logps, lengths), reference, lengths)
+    return loss.fn(sums, beta=beta, label_smoothing=label_smoothing), sums
 
 
 def preference_metrics(logps: LogProbs, beta: float) -> dict[str, Tensor]:

@@ -21,10 +21,14 @@ from srlm_fast.packing import Item, PackedBatch, pack
 _KEY_BYTES = 16
 
 
+def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """Log-probability of every response token of a batch, fp32 [N], response after response."""
+    return model(batch.input_ids, batch.positions, batch.attend, rows=batch.rows, targets=batch.targets)
+
+
 def sequence_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Summed log-probability of every response of a batch, fp32 [S]."""
-    logps = model(batch.input_ids, batch.positions, batch.attend, rows=batch.rows, targets=batch.targets)
-    return sequence_sums(logps, batch.lengths)
+    return sequence_sums(token_logps(model, batch), batch.lengths)
 
 
 def response_keys(weights_id: str, item: Item) -> list[bytes]:

@@ -24,10 +24,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import Interrupted, UserError
-from srlm_fast.losses import LogProbs, get_loss, preference_metrics
+from srlm_fast.losses import evaluate, get_loss, preference_metrics
 from srlm_fast.packing import Item, epoch_order, pack, split_batch
 from srlm_fast.parallel import World
-from srlm_fast.reference import PLACEHOLDER, ReferenceCache, sequence_logps
+from srlm_fast.reference import PLACEHOLDER, ReferenceCache, token_logps
 from srlm_fast.rundir import sync_folder
 from srlm_fast.seeds import derive_seed
 
@@ -199,8 +199,14 @@ class Trainer:
         if self.reference is not None:
             kept = [self.reference[i] for i in indices] or [torch.zeros(2)]
             reference = torch.cat(kept).to(self.world.device)
-        logps = LogProbs(sequence_logps(self.model, packed), reference, packed.lengths)
-        values = self.loss.fn(logps, beta=self.config.beta, label_smoothing=self.config.label_smoothing)
+        values, logps = evaluate(
+            self.loss,
+            token_logps(self.model, packed),
+            packed.lengths,
+            reference,
+            beta=self.config.beta,
+            label_smoothing=self.config.label_smoothing,
+        )
         weight = float(bool(indices))
         loss = values.sum() * (weight / count)
         loss.backward()

@@ -9,6 +9,7 @@ import pytest
 from srlm_fast.config import input_paths, load_config
 from srlm_fast.context import Context
 from srlm_fast.errors import UserError
+from srlm_fast.kernels import library
 from srlm_fast.parallel import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +47,16 @@ def test_what_could_only_fail_later_is_refused_at_once(tmp_path, monkeypatch, ov
     with pytest.raises(UserError, match=says):
         context(tmp_path, *overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_kernels_are_chosen_by_the_configuration(tmp_path):
+    with library.using("fused"):
+        context(tmp_path, "kernels=reference")
+        assert not library.fused()
+        context(tmp_path)
+        assert library.fused()
+    with pytest.raises(UserError, match="kernels='fussed': must be one of fused, reference"):
+        context(tmp_path, "kernels=fussed")
 
 
 def test_the_generator_of_new_prompts(tmp_path):

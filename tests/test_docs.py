@@ -48,7 +48,7 @@ def test_paper_names_tests_that_exist():
 def test_paper_accounts_for_every_key_of_the_method():
     """All keys but those of the machine, of our own measurements and of the search for prompts."""
     others = re.compile(
-        r"run_dir|seed|engine\..*|model\.(tokenizer|random_init)|.*\.tokens_per_microbatch|candidates\.shard_size"
+        r"run_dir|seed|kernels|engine\..*|model\.(tokenizer|random_init)|.*\.tokens_per_microbatch|candidates\.shard_size"
         r"|evaluate\.(prompts|n|truth)|prompts\.(requests_per_round|max_requests)|sft\.(beta|label_smoothing)"
     )
     assert not {key for key in KEYS - set(NAMED) if not others.fullmatch(key)}
