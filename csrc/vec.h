@@ -51,4 +51,33 @@ inline void for_each_vector(int64_t size, const Body& body) {
   if (i < size) body(i, size - i);
 }
 
+// The lanes as they read back once stored as T.
+template <typename T>
+inline Vec<T> rounded(const Vec<T>& x) {
+  if constexpr (std::is_same_v<T, Wide<T>>) {
+    return x;
+  } else {
+    return std::get<0>(at::vec::convert_to_float<T>(at::vec::convert_from_float<T>(x, x)));
+  }
+}
+
+// The sum over a row of `size` elements of term(offset, n), a vector whose lanes from n on are zero.
+template <typename T, typename Term>
+inline Wide<T> sum(int64_t size, const Term& term) {
+  constexpr int64_t lanes = Vec<T>::size();
+  Vec<T> sums[4] = {Vec<T>(0), Vec<T>(0), Vec<T>(0), Vec<T>(0)};  // additions that need not wait for each other
+  int64_t i = 0;
+  for (; i + 4 * lanes <= size; i += 4 * lanes) {
+    for (int64_t j = 0; j < 4; ++j) sums[j] += term(i + j * lanes, lanes);
+  }
+  for (; i + lanes <= size; i += lanes) sums[0] += term(i, lanes);
+  if (i < size) sums[1] += term(i, size - i);
+  Wide<T> folded[lanes];
+  ((sums[0] + sums[1]) + (sums[2] + sums[3])).store(folded);
+  for (int64_t half = lanes / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) folded[j] += folded[j + half];
+  }
+  return folded[0];
+}
+
 }  // namespace srlm

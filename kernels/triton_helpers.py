@@ -52,6 +52,15 @@ def store(pointer, x, mask=None):
 
 
 @triton.jit
+def rounded(x, pointer):
+    """fp32 `x` as it reads back once stored at `pointer`."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        return to_bf16(x).to(tl.float32)
+    else:
+        return x.to(pointer.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def dot(a, b, accumulator):
     """accumulator + a b, accumulated in fp32."""
     if INTERPRET:
