@@ -28,7 +28,7 @@ at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
       for (int64_t row = begin; row < end; ++row) {
         for_each_vector<scalar_t>(cols, [&](int64_t i, int64_t n) {
           const auto g = load(g_data + row * gate_stride + i, n), u = load(u_data + row * up_stride + i, n);
-          store<scalar_t>(y_data + row * cols + i, g / (one + g.neg().exp()) * u, n);
+          store<scalar_t>(y_data + row * cols + i, g / (one + exp<scalar_t>(g.neg())) * u, n);
         });
       }
     });
@@ -49,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad, const
         for_each_vector<scalar_t>(cols, [&](int64_t i, int64_t n) {
           const auto dy = load(dy_data + row * cols + i, n);
           const auto g = load(g_data + row * gate_stride + i, n), u = load(u_data + row * up_stride + i, n);
-          const auto s = one / (one + g.neg().exp());
+          const auto s = one / (one + exp<scalar_t>(g.neg()));
           store<scalar_t>(dg_data + row * cols + i, dy * u * s * (one + g * (one - s)), n);
           store<scalar_t>(du_data + row * cols + i, dy * g * s, n);
         });

@@ -43,6 +43,24 @@ inline void store(T* to, const Vec<T>& x, int64_t n = Vec<T>::size()) {
   }
 }
 
+// e^x within 2 ulp. AVX-512 has 2^n as one instruction, with which half of the library function's time is saved:
+// 2^n * e^r with |r| <= ln(2) / 2 and the Taylor polynomial of degree 7 for e^r.
+template <typename T>
+inline Vec<T> exp(const Vec<T>& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<Wide<T>, float>) {
+    using at::vec::fmadd;
+    const Vec<T> bounded = at::vec::clamp(x, Vec<T>(-110.0f), Vec<T>(90.0f));  // 0 and inf lie within
+    const Vec<T> n = (bounded * Vec<T>(1.44269504f)).round();
+    const Vec<T> r = fmadd(n, Vec<T>(2.12194440e-4f), fmadd(n, Vec<T>(-0.693359375f), bounded));
+    Vec<T> p(1.0f / 5040);
+    for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fmadd(p, r, Vec<T>(c));
+    return _mm512_scalef_ps(p, n);
+  }
+#endif
+  return x.exp();
+}
+
 // body(offset, n) for every vector of a row of `size` elements.
 template <typename T, typename Body>
 inline void for_each_vector(int64_t size, const Body& body) {
