@@ -39,7 +39,9 @@ inline void store(T* to, const Vec<T>& x, int64_t n = Vec<T>::size()) {
   if constexpr (std::is_same_v<T, Wide<T>>) {
     x.store(to, n);
   } else {
-    at::vec::convert_from_float<T>(x, x).store(to, n);
+    T narrow[at::vec::Vectorized<T>::size()];
+    at::vec::convert_from_float<T>(x, x).store(narrow);
+    std::copy_n(narrow, n, to);
   }
 }
 
