@@ -1,0 +1,247 @@
+#include "blocked_products.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+
+#include "vec.h"
+
+namespace srlm::blocked {
+namespace {
+
+using at::native::cpublas::brgemm;
+
+#ifdef CPU_CAPABILITY_AVX512
+constexpr bool kAvx512 = true;
+#else
+constexpr bool kAvx512 = false;
+#endif
+
+constexpr int64_t kTile = 64;         // columns of a packed factor: four registers of sixteen floats
+constexpr int64_t kVocabBlock = 256;  // of the vocabulary summed over at a time: a packed tile of them stays in cache
+constexpr int64_t kRowBlock = 512;    // rows summed over at a time
+constexpr int64_t kVocabSlices = 8;   // partial sums of dX, added up in this order
+
+// The 16-bit kernels take the second factor as pairs of rows, interleaved: [K / 2][columns][2].
+template <typename T>
+constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
+
+template <typename T>
+constexpr int64_t kTransposed = sizeof(T) == 2 ? 32 : 16;  // side of the blocks that transpose_mxn takes
+
+int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+
+template <typename T>
+int64_t round_to_pairs(int64_t size) { return tiles(size, kPair<T>) * kPair<T>; }
+
+// Work for a task, on a cache line.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), kAlignment))) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(T* data) const { ::operator delete(data, kAlignment); }
+  };
+  std::unique_ptr<T, Delete> data_;
+};
+
+// C = A B, or C += A B, for A [m, k] and a packed B [k, n] of kTile columns; k is even for 16-bit dtypes.
+template <typename T>
+void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, float* c, int64_t ldc, bool add) {
+  brgemm(m, n, k, lda, kTile, ldc, add, a, b, c, kPair<T> == 2);
+}
+
+// body(task) for every task; the kernels' state of a thread goes with it.
+template <typename T, typename Body>
+void for_each_task(int64_t tasks, const Body& body) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) body(task);
+    at::native::cpublas::brgemm_release(kPair<T> == 2);
+  });
+}
+
+// out[c][r] = in[r][c]
+template <typename T>
+void transpose(const T* in, int64_t ld_in, int64_t rows, int64_t cols, T* out, int64_t ld_out) {
+  constexpr int64_t side = kTransposed<T>;
+  for (int64_t c = 0; c < cols; c += side) {
+    for (int64_t r = 0; r < rows; r += side) {
+      at::vec::transpose_mxn<T>(in + r * ld_in + c, ld_in, out + c * ld_out + r, ld_out,
+                                static_cast<int>(std::min(side, rows - r)), static_cast<int>(std::min(side, cols - c)));
+    }
+  }
+}
+
+// Packs [k, cols] as it lies; an odd last row gets a partner of zeros.
+template <typename T>
+void pack(const T* in, int64_t ld, int64_t k, int64_t cols, T* out) {
+  for (int64_t i = 0; i < k; i += kPair<T>) {
+    const T *row = in + i * ld, *next = row + ld;
+    T* const packed = out + i * kTile;
+    if constexpr (kPair<T> == 1) {
+      std::copy_n(row, cols, packed);
+    } else if (i + 1 < k) {
+      for (int64_t c = 0; c < cols; ++c) {
+        packed[2 * c] = row[c];
+        packed[2 * c + 1] = next[c];
+      }
+    } else {
+      for (int64_t c = 0; c < cols; ++c) {
+        packed[2 * c] = row[c];
+        packed[2 * c + 1] = T(0);
+      }
+    }
+  }
+}
+
+// Packs the transpose of [cols, k], whose rows begin on pairs.
+template <typename T>
+void pack_transposed(const T* in, int64_t ld, int64_t cols, int64_t k, T* out) {
+  // A pair is a float to these moves.
+  transpose<float>(reinterpret_cast<const float*>(in), ld / kPair<T>, cols, k / kPair<T>, reinterpret_cast<float*>(out),
+                   kTile);
+}
+
+// The matrix with an even number of columns in even distances, for a dtype that is multiplied in pairs.
+template <typename T>
+at::Tensor whole_pairs(const at::Tensor& x) {
+  const int64_t missing = round_to_pairs<T>(x.size(1)) - x.size(1);
+  return missing || x.stride(0) % kPair<T> ? at::constant_pad_nd(x, {0, missing}).contiguous() : x;
+}
+
+template <typename T>
+void multiply_transposed_(const at::Tensor& x, const at::Tensor& w, at::Tensor& out) {
+  const at::Tensor x_pairs = whole_pairs<T>(x), w_pairs = whole_pairs<T>(w);
+  const int64_t rows = x.size(0), vocab = w.size(0), k = x_pairs.size(1), ldx = x_pairs.stride(0), ldw = w_pairs.stride(0);
+  const T *x_data = x_pairs.const_data_ptr<T>(), *w_data = w_pairs.const_data_ptr<T>();
+  float* const z = out.mutable_data_ptr<float>();
+  const int64_t ldz = out.stride(0);
+  for_each_task<T>(tiles(vocab, kTile), [&](int64_t tile) {
+    const int64_t v = tile * kTile, cols = std::min(kTile, vocab - v);
+    const Scratch<T> packed(k * kTile);
+    pack_transposed(w_data + v * ldw, ldw, cols, k, packed.get());
+    product(rows, cols, k, x_data, ldx, packed.get(), z + v, ldz, false);
+  });
+}
+
+template <typename T>
+void multiply_(const at::Tensor& u, const at::Tensor& w, const at::Tensor& scale, at::Tensor& out) {
+  const int64_t vocab = w.size(0), dim = w.size(1), ldu = u.stride(0);
+  // The last column of an odd vocabulary has no partner in memory.
+  const int64_t whole = vocab / kPair<T> * kPair<T>;
+  const at::Tensor last = whole < vocab ? whole_pairs<T>(u.narrow(1, whole, vocab - whole)) : at::Tensor();
+  const int64_t slice_size = tiles(tiles(vocab, kVocabSlices), kVocabBlock) * kVocabBlock;
+  const int64_t slices = tiles(vocab, slice_size), most_rows = std::min(kRowBlock, u.size(0));
+  const at::Tensor partial = at::empty({slices, most_rows, dim}, u.options().dtype(at::kFloat));
+  float* const sums = partial.mutable_data_ptr<float>();
+  const T *u_data = u.const_data_ptr<T>(), *w_data = w.const_data_ptr<T>();
+  T* const dx = out.mutable_data_ptr<T>();
+  const int64_t ld_out = out.stride(0);
+  for (int64_t start = 0; start < u.size(0); start += kRowBlock) {
+    const int64_t rows = std::min(kRowBlock, u.size(0) - start);
+    for_each_task<T>(slices, [&](int64_t slice) {
+      const Scratch<T> packed(kVocabBlock * kTile);
+      float* const c = sums + slice * most_rows * dim;
+      const int64_t begin = slice * slice_size, end = std::min(vocab, begin + slice_size);
+      for (int64_t v = begin; v < end; v += kVocabBlock) {
+        const int64_t k = std::min(kVocabBlock, end - v), pairs = k / kPair<T> * kPair<T>;
+        for (int64_t d = 0; d < dim; d += kTile) {
+          const int64_t cols = std::min(kTile, dim - d);
+          pack(w_data + v * dim + d, dim, k, cols, packed.get());
+          if (pairs) product(rows, cols, pairs, u_data + start * ldu + v, ldu, packed.get(), c + d, dim, v > begin);
+          if (pairs < k) {
+            product(rows, cols, kPair<T>, last.const_data_ptr<T>() + start * kPair<T>, kPair<T>,
+                    packed.get() + pairs * kTile, c + d, dim, v > begin || pairs > 0);
+          }
+        }
+      }
+    });
+    const float* const scales = scale.defined() ? scale.const_data_ptr<float>() + start : nullptr;
+    at::parallel_for(0, rows, 16, [&](int64_t first, int64_t past) {
+      for (int64_t r = first; r < past; ++r) {
+        const Vec<T> factor(scales ? scales[r] : 1);
+        for_each_vector<T>(dim, [&](int64_t i, int64_t n) {
+          Vec<T> sum = load(sums + r * dim + i, n);
+          for (int64_t slice = 1; slice < slices; ++slice) sum += load(sums + (slice * most_rows + r) * dim + i, n);
+          store<T>(dx + (start + r) * ld_out + i, sum * factor, n);
+        });
+      }
+    });
+  }
+}
+
+template <typename T>
+void add_transposed_product_(const at::Tensor& u, const at::Tensor& x, at::Tensor& out) {
+  constexpr int64_t kVocabTile = 128;
+  // Rows of the transposed block do not lie powers of two apart, where they would share few places in the cache.
+  constexpr int64_t ldt = kRowBlock + 32;
+  const int64_t rows = u.size(0), vocab = u.size(1), dim = x.size(1), ldu = u.stride(0), ldx = x.stride(0);
+  const int64_t k_all = round_to_pairs<T>(rows), d_tiles = tiles(dim, kTile);
+  const at::Tensor x_packed = at::empty({d_tiles, k_all, kTile}, x.options());
+  const T *u_data = u.const_data_ptr<T>(), *x_data = x.const_data_ptr<T>();
+  T* const packed = x_packed.mutable_data_ptr<T>();
+  float* const dw = out.mutable_data_ptr<float>();
+  for_each_task<T>(d_tiles, [&](int64_t tile) {
+    pack(x_data + tile * kTile, ldx, rows, std::min(kTile, dim - tile * kTile), packed + tile * k_all * kTile);
+  });
+  for_each_task<T>(tiles(vocab, kVocabTile), [&](int64_t tile) {
+    const int64_t v = tile * kVocabTile, m = std::min(kVocabTile, vocab - v);
+    const Scratch<T> transposed(kVocabTile * ldt);
+    for (int64_t r = 0; r < rows; r += kRowBlock) {
+      const int64_t size = std::min(kRowBlock, rows - r), k = round_to_pairs<T>(size);
+      transpose(u_data + r * ldu + v, ldu, size, m, transposed.get(), ldt);
+      if (size < k) {
+        for (int64_t i = 0; i < m; ++i) transposed.get()[i * ldt + size] = 0;
+      }
+      for (int64_t d = 0; d < d_tiles; ++d) {
+        product(m, std::min(kTile, dim - d * kTile), k, transposed.get(), ldt, packed + (d * k_all + r) * kTile,
+                dw + v * dim + d * kTile, dim, true);
+      }
+    }
+  });
+}
+
+// Whether the kernel for T runs here; the 16-bit ones are refused where oneDNN lacks them.
+template <typename T>
+bool runs() {
+  T a[4] = {1, 2, 3, 4}, b[2 * kTile];
+  float c[4] = {};
+  std::fill_n(b, 2 * kTile, T(1));
+  try {
+    product<T>(2, 1, 2, a, 2, b, c, 1, false);
+    at::native::cpublas::brgemm_release(kPair<T> == 2);
+  } catch (const c10::Error&) {
+    return false;
+  }
+  return c[0] == 3 && c[1] == 7;
+}
+
+}  // namespace
+
+bool available(at::ScalarType dtype) {
+  static const bool with_float = kAvx512 && runs<float>(), with_bfloat16 = kAvx512 && runs<at::BFloat16>();
+  return (dtype == at::kFloat && with_float) || (dtype == at::kBFloat16 && with_bfloat16);
+}
+
+void multiply_transposed(const at::Tensor& x, const at::Tensor& w, at::Tensor& out) {
+  (x.scalar_type() == at::kFloat ? multiply_transposed_<float> : multiply_transposed_<at::BFloat16>)(x, w, out);
+}
+
+void multiply(const at::Tensor& u, const at::Tensor& w, const at::Tensor& scale, at::Tensor& out) {
+  (u.scalar_type() == at::kFloat ? multiply_<float> : multiply_<at::BFloat16>)(u, w, scale, out);
+}
+
+void add_transposed_product(const at::Tensor& u, const at::Tensor& x, at::Tensor& out) {
+  (u.scalar_type() == at::kFloat ? add_transposed_product_<float> : add_transposed_product_<at::BFloat16>)(u, x, out);
+}
+
+}  // namespace srlm::blocked
