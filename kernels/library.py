@@ -29,8 +29,8 @@ class Operator:
 
     name: str
     overload: torch._ops.OpOverload
-    torch: Callable[..., Any]
-    triton: Callable[..., Any]
+    torch: Callable[..., Any] | None
+    triton: Callable[..., Any] | None
 
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
@@ -44,8 +44,8 @@ def define(
     schema: str,
     *,
     fake: Callable[..., Any],
-    torch_impl: Callable[..., Any],
-    triton_impl: Callable[..., Any],
+    torch_impl: Callable[..., Any] | None = None,
+    triton_impl: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Operator:
@@ -55,7 +55,8 @@ def define(
         schema: `name(Tensor x, ...) -> Tensor`, without the namespace.
         fake: the results' shapes, dtypes and strides, from arguments without data.
         torch_impl: the operator in plain torch; runs where there is nothing better.
-        triton_impl: launches the Triton kernel; runs on CUDA (for float64, plain torch does).
+        triton_impl: launches the Triton kernel; runs on CUDA (for float64, plain torch does). An operator without these
+            two is for the CPU only, and its caller has another way where the C++ was not built.
         setup_context, backward: as `torch.library.register_autograd` wants them; an operator without them has no
             derivative.
     """
@@ -63,8 +64,9 @@ def define(
     native_available()  # loads csrc/, which registers its CPU versions
     _LIBRARY.define(schema)
     torch.library.register_fake(f"srlm::{name}", fake, lib=_LIBRARY)
-    _LIBRARY.impl(name, torch_impl, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, _unless_float64(triton_impl, torch_impl), "CUDA")
+    if torch_impl is not None:
+        _LIBRARY.impl(name, torch_impl, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _unless_float64(triton_impl, torch_impl), "CUDA")
     if backward is not None:
         torch.library.register_autograd(f"srlm::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     OPERATORS[name] = Operator(name, getattr(torch.ops.srlm, name).default, torch_impl, triton_impl)
@@ -116,7 +118,8 @@ def on_cpu(implementation: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings(action="ignore"):  # that C++ versions are overridden is the purpose
             for operator in OPERATORS.values():
-                override.impl(operator.name, getattr(operator, implementation), "CPU", allow_override=True)
+                if version := getattr(operator, implementation):
+                    override.impl(operator.name, version, "CPU", allow_override=True)
         yield
     finally:
         override._destroy()
