@@ -82,7 +82,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_softmax(
   const at::Tensor targets = target.contiguous();
   at::Tensor loss = at::empty({n_rows}, wide(x)), lse = at::empty({n_rows}, wide(x));
   at::Tensor entropies = at::empty({entropy ? n_rows : 0}, wide(x));
-  at::Tensor unit = padded_rows(keep ? n_rows : 0, cols, weight.options());
+  at::Tensor unit = keep ? padded_rows(n_rows, cols, weight.options()) : at::empty({0, cols}, weight.options());
   const bool in_place = keep && unit.scalar_type() == loss.scalar_type();
   const Chunk chunk(x, weight, in_place ? 0 : chunk_rows);
   for_each_chunk(n_rows, in_place ? kMostRows : chunk_rows, [&](int64_t start, int64_t size) {
