@@ -1,0 +1,34 @@
+#include "linear.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "head_products.h"
+
+namespace srlm {
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) {
+  const auto wide = x.options().dtype(at::toOpMathType(x.scalar_type()));
+  at::Tensor out = at::empty({x.size(0), weight.size(0)}, wide);
+  if (out.numel()) multiply_transposed(x, weight, out);
+  return out.to(x.scalar_type());
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                                                   bool need_dx, bool need_dw) {
+  at::Tensor d_x = at::empty({need_dx ? x.size(0) : 0, x.size(1)}, x.options());
+  if (need_dx && x.numel()) multiply(grad, weight, at::Tensor(), d_x);
+  const auto wide = weight.options().dtype(at::toOpMathType(weight.scalar_type()));
+  at::Tensor d_weight = at::zeros({need_dw ? weight.size(0) : 0, weight.size(1)}, wide);
+  if (need_dw && x.numel()) add_transposed_product(grad, x, d_weight);
+  return {d_x, d_weight.to(weight.scalar_type())};
+}
+
+}  // namespace srlm
+
+TORCH_LIBRARY_IMPL(srlm, CPU, m) {
+  m.impl("linear", &srlm::linear);
+  m.impl("linear_backward", &srlm::linear_backward);
+}
