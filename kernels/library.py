@@ -74,8 +74,9 @@ def define(
 
 
 def _unless_float64(triton_impl: Callable[..., Any], torch_impl: Callable[..., Any]) -> Callable[..., Any]:
-    def choose(first: torch.Tensor, *args: Any) -> Any:
-        return (torch_impl if first.dtype == torch.float64 else triton_impl)(first, *args)
+    def choose(first: torch.Tensor | list[torch.Tensor], *args: Any) -> Any:
+        tensor = first if isinstance(first, torch.Tensor) else first[0]
+        return (torch_impl if tensor.dtype == torch.float64 else triton_impl)(first, *args)
 
     return choose
 

@@ -1,0 +1,162 @@
+"""The AdamW class against torch.optim.AdamW; its state and checkpoints, alone and sharded."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from optimizer_case import OPTIONS, groups, load, make_model, save, train, weights
+
+from srlm_fast.kernels.optimizer import MOMENTS, AdamW
+
+MODES = [("fp32", torch.float32), ("bf16", torch.float32), ("bf16", torch.bfloat16)]
+
+
+def trained(steps, moments="fp32", dtype=torch.float32):
+    model = make_model(dtype)
+    optimizer = AdamW(groups(model), **OPTIONS, moments=moments, seed=7)
+    if steps:
+        train(model, optimizer, range(steps))
+    return model, optimizer
+
+
+def test_twenty_steps_are_torchs(implementation):
+    ours, theirs = make_model(), make_model()
+    optimizers = AdamW(groups(ours), **OPTIONS), torch.optim.AdamW(groups(theirs), **OPTIONS)
+    for model, optimizer in zip((ours, theirs), optimizers):
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 10)
+        for step in range(20):
+            train(model, optimizer, [step])
+            schedule.step()
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("moments", "dtype"), MODES)
+def test_bf16_trains_as_well(moments, dtype):
+    model, exact = make_model(dtype), make_model()
+    expected = train(exact, torch.optim.AdamW(groups(exact), **OPTIONS), range(400))
+    assert train(model, AdamW(groups(model), **OPTIONS, moments=moments), range(400)) < 1.1 * expected
+
+
+@pytest.mark.parametrize("through", ["state_dict", "checkpoint"])
+@pytest.mark.parametrize(("moments", "dtype"), MODES)
+def test_a_resumed_run_equals_an_undisturbed_one(through, moments, dtype, tmp_path):
+    model, optimizer = trained(4, moments, dtype)
+    resumed, again = trained(0, moments, dtype)
+    if through == "state_dict":
+        resumed.load_state_dict(model.state_dict())
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        save(model, optimizer, tmp_path)
+        load(resumed, again, tmp_path)
+    train(model, optimizer, range(4, 8))
+    train(resumed, again, range(4, 8))
+    torch.testing.assert_close(weights(resumed), weights(model), rtol=0, atol=0)
+    for state in again.state.values():
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == MOMENTS[moments]
+        assert state["step"] == 8
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+def test_either_loads_the_state_of_torchs(options):
+    ours, our_optimizer = trained(5)
+    theirs = make_model()
+    their_optimizer = torch.optim.AdamW(groups(theirs), **OPTIONS, **options)
+    train(theirs, their_optimizer, range(5))
+    our_state, their_state = (copy.deepcopy(each.state_dict()) for each in (our_optimizer, their_optimizer))
+    our_optimizer.load_state_dict(their_state)
+    their_optimizer.load_state_dict(our_state)
+    train(ours, our_optimizer, range(5, 10))
+    train(theirs, their_optimizer, range(5, 10))
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-5, atol=1e-6)
+    assert their_optimizer.state[theirs[0].weight]["step"] == our_optimizer.state[ours[0].weight]["step"] == 10
+
+
+def test_fp32_state_becomes_bf16_and_stays_on_load():
+    model, optimizer = trained(3)
+    _, narrow = trained(0, "bf16")
+    narrow.load_state_dict(optimizer.state_dict())
+    for ours, theirs in zip(narrow.state.values(), optimizer.state.values(), strict=True):
+        assert torch.equal(ours["exp_avg_sq"], theirs["exp_avg_sq"].bfloat16())
+
+
+def test_a_state_of_another_shape_is_refused():
+    _, optimizer = trained(1)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"exp_avg.*\(20, 12\).*\(3,\)"):
+        optimizer.load_state_dict(state)
+
+
+def test_parameters_without_a_gradient_wait():
+    """They keep their value, and count their own steps from their first gradient."""
+    model, optimizer = trained(2)
+    frozen, before = model[0].weight, weights(model)
+    frozen.requires_grad_(False)
+    train(model, optimizer, range(2, 4))
+    assert torch.equal(frozen, before["0.weight"])
+    assert optimizer.state[frozen]["step"] == 2 and optimizer.state[model[0].bias]["step"] == 4
+
+
+def test_every_parameter_has_its_own_rounding():
+    """Two equal bf16 parameters with equal gradients do not stay equal."""
+    twins = [torch.ones(1000, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
+    optimizer = AdamW([{"params": [twin]} for twin in twins], lr=1e-3, moments="bf16")
+    for twin in twins:
+        twin.grad = torch.ones_like(twin)
+    optimizer.step()
+    assert 0.1 < float((twins[0] != twins[1]).float().mean()) < 0.9
+
+
+def test_gradients_of_any_layout():
+    a, b = (torch.ones(3, 4).requires_grad_() for _ in range(2))
+    gradient = torch.arange(12.0).view(4, 3).t()
+    a.grad, b.grad = gradient, gradient.contiguous()
+    AdamW([a, b]).step()
+    assert torch.equal(a, b)
+
+
+def test_closure():
+    model, optimizer = trained(0)
+    x = torch.ones(2, 12)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"moments": "fp16"}, "moments.*fp32, bf16.*'fp16'"),
+        ({"lr": -1.0}, "lr.*-1.0"),
+        ({"eps": -1.0}, "eps.*-1.0"),
+        ({"weight_decay": -0.1}, "weight_decay.*-0.1"),
+        ({"betas": (0.9, 1.0)}, r"betas.*\(0.9, 1.0\)"),
+    ],
+)
+def test_bad_options_are_named(options, says):
+    with pytest.raises(ValueError, match=says):
+        AdamW(make_model().parameters(), **options)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_sharded(moments, tmp_path):
+    """Two ranks resume exactly; with fp32 moments they do what one process does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    case = str(Path(__file__).with_name("optimizer_case.py"))
+    done = subprocess.run([*command, case, str(tmp_path), moments], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    undisturbed, resumed = torch.load(tmp_path / "result.pt", weights_only=True)
+    torch.testing.assert_close(resumed, undisturbed, rtol=0, atol=0)
+    alone = weights(trained(8)[0])
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if moments == "fp32" else {"rtol": 0, "atol": 2e-3}
+    torch.testing.assert_close(undisturbed, alone, **tolerance)
