@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "rundir": set(),
     "native_ops": set(),
     "model": {"kernels"},
-    "losses": {"kernels"},
+    "losses": {"kernels", "losses"},
     "tokenizer": set(),
     "chat": {"tokenizer"},
     "packing": {"kernels", "native_ops"},
