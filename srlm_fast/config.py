@@ -25,6 +25,8 @@ def key(default: Any, doc: str, *, path: bool = False, choices: Sequence[str] = 
     operational: does not influence any result, so it may differ when a run is resumed.
     """
     metadata = {"doc": doc, "path": path, "choices": tuple(choices), "operational": operational}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -54,7 +56,8 @@ class OasstConfig:
 
 @dataclass
 class TrainConfig:
-    loss: str = key("sft", "a registered loss: sft, dpo")
+    loss: str = key("sft", "a loss of docs/losses.md")
+    loss_options: dict[str, Any] = key({}, "options of the loss by name, docs/losses.md; those left out: its defaults")
     lr: float = key(5.5e-6, "peak learning rate")
     min_lr: float = key(1.1e-6, "learning rate at the end of the schedule")
     schedule: str = key("cosine", "shape of the decay", choices=("cosine", "linear", "constant"))
@@ -63,7 +66,7 @@ class TrainConfig:
     max_steps: int | None = key(None, "stop after this many optimizer steps; none: all epochs (choice)")
     batch_size: int = key(16, "examples, or pairs, of one optimizer step over all ranks (pairs: choice)")
     tokens_per_microbatch: int = key(8192, "most tokens of one packed forward pass on one rank (choice)")
-    beta: float = key(0.1, "DPO's beta")
+    beta: float = key(0.1, "scale of the rewards of DPO and its kin")
     label_smoothing: float = key(0.0, "share of flipped labels assumed (cDPO); the paper has none")
     adam_beta1: float = key(0.9, "AdamW's beta1 (choice)")
     adam_beta2: float = key(0.95, "AdamW's beta2 (choice)")
@@ -80,7 +83,7 @@ class SftConfig(TrainConfig):
 
 @dataclass
 class DpoConfig(TrainConfig):
-    loss: str = key("dpo", "a registered loss that compares pairs")
+    loss: str = key("dpo", "a loss of docs/losses.md that compares pairs, or a sum such as dpo + 0.2 * nll")
     lr: float = key(1e-6, "peak learning rate")
     min_lr: float = key(1e-7, "learning rate at the end of the schedule")
     schedule: str = key(
@@ -373,10 +376,26 @@ def _apply(section: Any, tree: dict[str, Any], prefix: str, source: str, folder:
                 raise UserError(f"{source}: {dotted} is a section of keys, got {value!r}")
             _apply(getattr(section, name), value, f"{dotted}.", source, folder)
             continue
+        if get_origin(hints[name]) is dict:
+            _merge(getattr(section, name), value, dotted, source)
+            continue
         value = _coerce(value, hints[name], dotted, source)
         if known[name].metadata.get("path") and value:
             value = tuple(str(folder / p) for p in value) if isinstance(value, tuple) else str(folder / value)
         setattr(section, name, value)
+
+
+def _merge(mapping: dict[str, Any], changes: Any, dotted: str, source: str) -> None:
+    """Set the names of a mapping, and take out those that are none."""
+    if not isinstance(changes, dict):
+        raise UserError(f"{source}: {dotted} is a mapping of names to values, got {changes!r}")
+    for name, value in changes.items():
+        if value is None or value == "none":
+            mapping.pop(str(name), None)
+        elif isinstance(value, (bool, int, float, str)):
+            mapping[str(name)] = value
+        else:
+            raise UserError(f"{source}: {dotted}.{name}={value!r}: must be a number, a word, true, false or none")
 
 
 def _nearest(dotted: str) -> str:

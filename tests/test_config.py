@@ -18,6 +18,16 @@ def test_file_then_overrides(tmp_path):
         assert config.model.tokenizer is None and config.dpo.max_steps is None
 
 
+def test_options_of_the_loss_are_merged_by_name(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("dpo:\n  loss: simpo\n  loss_options: {gamma: 0.5, margin: 1}\n")
+    config = load_config(file, ["dpo.loss_options.gamma=2", "dpo.loss_options={alpha: 1e-3, margin: none}"])
+    assert config.dpo.loss_options == {"gamma": 2, "alpha": "1e-3"} and config.sft.loss_options == {}
+    assert Config().dpo.loss_options == {}, "defaults are not shared"
+    assert results_keys(config)["dpo.loss_options"] == {"gamma": 2, "alpha": "1e-3"}
+    assert load_config(None, ["dpo.loss=dpo + 0.2 * nll"]).dpo.loss == "dpo + 0.2 * nll"
+
+
 def test_defaults_are_the_papers():
     config = Config()
     values = (
@@ -82,6 +92,8 @@ def test_defaults_are_the_papers():
         ("model.random_init=3", "must be bool"),
         ("judge.mode=cott", "must be one of cot, expected"),
         ("sft=3", "sft is a section"),
+        ("dpo.loss_options=3", "dpo.loss_options is a mapping of names to values, got 3"),
+        ("dpo.loss_options.gamma=[1]", "dpo.loss_options.gamma=.*must be a number, a word, true, false or none"),
         ("sft.epochs", "not of the form key=value"),
         ("candidates.top_p=0", "above 0 and at most 1"),
         ("judge.n=0", "judge.n=0: must be at least 1"),
