@@ -14,13 +14,13 @@ from srlm_fast.engine import load_engine
 from srlm_fast.engine.base import Engine
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.kernels import library
-from srlm_fast.losses import get_loss
 from srlm_fast.model import LlamaConfig
 from srlm_fast.parallel import World
 from srlm_fast.progress import progress
 from srlm_fast.rollout import Judge
 from srlm_fast.rundir import RunDir, write_jsonl
 from srlm_fast.tokenizer import check_vocab, load_tokenizer
+from srlm_fast.trainer import training_objective
 
 
 class Context:
@@ -70,10 +70,16 @@ class Context:
         self._engine_weights: Path | None = None
 
     def _check_losses(self) -> None:
-        if get_loss(self.config.sft.loss).paired:
+        sft, dpo = training_objective(self.config.sft), training_objective(self.config.dpo)
+        if sft.paired:
             raise UserError(f"sft.loss={self.config.sft.loss} compares pairs, SFT has single responses; use sft")
-        if not get_loss(self.config.dpo.loss).paired:
+        if sft.needs_labels:
+            raise UserError(f"sft.loss={self.config.sft.loss} needs labels, SFT has none; use sft")
+        if not dpo.paired:
             raise UserError(f"dpo.loss={self.config.dpo.loss} does not compare pairs; use dpo")
+        if dpo.needs_labels or dpo.needs_heads:
+            lacking = "labels" if dpo.needs_labels else "the reference's log-probabilities of cut responses"
+            raise UserError(f"dpo.loss={self.config.dpo.loss} needs {lacking}, which a run does not make; use another")
 
     def _check_generator(self) -> None:
         if self.config.prompts.generator in GENERATORS:

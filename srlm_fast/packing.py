@@ -26,6 +26,8 @@ class Item:
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
+    labels: tuple[float, ...] = ()
+    """One of each response, for a loss that reads them (`losses.LogProbs.labels`)."""
 
     @property
     def n_tokens(self) -> int:

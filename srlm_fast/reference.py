@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from srlm_fast.errors import UserError
-from srlm_fast.losses import sequence_sums
+from srlm_fast.losses import Objective, sequence_sums
 from srlm_fast.packing import Item, PackedBatch, pack
 
 _KEY_BYTES = 16
@@ -29,6 +29,27 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
 def sequence_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Summed log-probability of every response of a batch, fp32 [S]."""
     return sequence_sums(token_logps(model, batch), batch.lengths)
+
+
+def head_item(item: Item) -> Item:
+    """A pair whose responses are cut to the length of the shorter one."""
+    length = min(map(len, item.responses))
+    return Item(item.prompt, tuple(response[:length] for response in item.responses))
+
+
+def mismatched_items(items: Sequence[Item]) -> list[Item]:
+    """Each item's prompt with the responses of the next item, the last with those of the first (KTO's KL)."""
+    return [Item(item.prompt, other.responses) for item, other in zip(items, (*items[1:], items[0]))]
+
+
+def reference_items(items: Sequence[Item], objective: Objective) -> list[Item]:
+    """The items whose log-probabilities the cache must have to train on `items` with this objective."""
+    needed = list(items) if objective.needs_reference else []
+    if objective.needs_heads:
+        needed += [head for item in items if (head := head_item(item)).responses != item.responses]
+    if objective.baseline == "kl":
+        needed += mismatched_items(items)
+    return needed
 
 
 def response_keys(weights_id: str, item: Item) -> list[bytes]:

@@ -24,10 +24,18 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import Interrupted, UserError
-from srlm_fast.losses import evaluate, get_loss, preference_metrics
+from srlm_fast.losses import Objective, get_objective
+from srlm_fast.losses.unpaired import kl_estimate, midpoint
 from srlm_fast.packing import Item, epoch_order, pack, split_batch
 from srlm_fast.parallel import World
-from srlm_fast.reference import PLACEHOLDER, ReferenceCache, token_logps
+from srlm_fast.reference import (
+    PLACEHOLDER,
+    ReferenceCache,
+    head_item,
+    mismatched_items,
+    sequence_logps,
+    token_logps,
+)
 from srlm_fast.rundir import sync_folder
 from srlm_fast.seeds import derive_seed
 
@@ -41,6 +49,20 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
         return config.lr
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return config.min_lr + (config.lr - config.min_lr) * remaining
+
+
+def training_objective(config: TrainConfig) -> Objective:
+    """The loss of a configuration with its options.
+
+    Raises:
+        UserError: for a loss, an option or a value that is not known, or that the trainer has no data for.
+    """
+    objective = get_objective(
+        config.loss, beta=config.beta, label_smoothing=config.label_smoothing, options=config.loss_options
+    )
+    if any(term.options.get("sampled_alignment") for term in objective.terms):
+        raise UserError("loss_options: sampled_alignment needs sum_v p(v)^2, which the output head does not give")
+    return objective
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -67,9 +89,10 @@ class Trainer:
 
     Args:
         model: a `Llama`, sharded by `parallel.shard` or not, with fp32 parameters.
-        items: the data; for a paired loss every item has the responses (chosen, rejected).
+        items: the data; for a paired loss every item has the responses (chosen, rejected), for a loss that reads
+            labels one label per response.
         config: loss, optimizer, schedule and batch sizes.
-        reference: cached reference log-probabilities, for a loss that needs them.
+        reference: cached reference log-probabilities of `reference_items`, for a loss that needs them.
         world: the processes that train together.
         seed: data order and dropout derive from it.
         checkpoint_dir: where training checkpoints are kept; one found there is resumed. None: no checkpoints.
@@ -78,8 +101,8 @@ class Trainer:
             `Interrupted`.
 
     Raises:
-        UserError: for no data, items of the wrong number of responses, a missing reference, or an item larger than the
-            micro-batch budget; before any work starts.
+        UserError: for no data, items without the responses or labels that the loss needs, a missing reference, or an
+            item larger than the micro-batch budget; before any work starts.
     """
 
     def __init__(
@@ -99,22 +122,51 @@ class Trainer:
         self.world = world or World()
         self.seed, self.checkpoint_dir = seed, checkpoint_dir
         self.on_step, self.should_stop = on_step, should_stop
-        self.loss = get_loss(config.loss)
-        if not items:
-            raise UserError(f"the data set for loss {config.loss!r} is empty")
-        if self.loss.paired and any(len(item.responses) != 2 for item in items):
-            raise UserError(f"loss {config.loss!r} compares pairs: every item needs a chosen and a rejected response")
-        self.reference = None
-        if self.loss.needs_reference:
-            if reference is None:
-                raise UserError(f"loss {config.loss!r} needs reference log-probabilities; pass a ReferenceCache")
-            sums = reference.lookup(items)
-            self.reference = list(sums.split([len(item.responses) for item in items]))
-        split_batch([max(item.n_tokens for item in items)], config.tokens_per_microbatch, self.world.size)
+        self.objective = training_objective(config)
+        self._check_items()
+        self.partners = mismatched_items(items) if self.objective.baseline == "kl" else []
+        split_batch(
+            [max(item.n_tokens for item in [*items, *self.partners])], config.tokens_per_microbatch, self.world.size
+        )
+        self.data = self._read_data(reference)
         self.optimizer = make_optimizer(model, config)
         steps_per_epoch = math.ceil(len(items) / config.batch_size)
         self.total_steps = min(steps_per_epoch * config.epochs, config.max_steps or steps_per_epoch * config.epochs)
         self.steps_per_epoch = steps_per_epoch
+
+    def _check_items(self) -> None:
+        loss, items = self.config.loss, self.items
+        if not items:
+            raise UserError(f"the data set for loss {loss!r} is empty")
+        if self.objective.paired and any(len(item.responses) != 2 for item in items):
+            raise UserError(f"loss {loss!r} compares pairs: every item needs a chosen and a rejected response")
+        if self.objective.needs_labels:
+            for position, item in enumerate(items):
+                if len(item.labels) != len(item.responses) or not all(0 <= label <= 1 for label in item.labels):
+                    raise UserError(
+                        f"loss {loss!r} needs a label from 0 to 1 for every response; item {position} has "
+                        f"{len(item.responses)} responses and the labels {list(item.labels)}"
+                    )
+        if self.objective.baseline == "kl" and len(items) < 2:
+            raise UserError(f"loss {loss!r} estimates a KL from responses to other prompts: it needs two items or more")
+
+    def _read_data(self, reference: ReferenceCache | None) -> dict[str, list[torch.Tensor]]:
+        """What the loss reads beside the policy, name of the `LogProbs` field -> [responses] of each item."""
+        data: dict[str, list[torch.Tensor]] = {}
+        if self.objective.needs_labels:
+            data["labels"] = [torch.tensor(item.labels, dtype=torch.float32) for item in self.items]
+        if not self.objective.needs_reference:
+            return data
+        if reference is None:
+            raise UserError(f"loss {self.config.loss!r} needs reference log-probabilities; pass a ReferenceCache")
+        looked_up = {"reference": self.items}
+        if self.objective.needs_heads:
+            looked_up["reference_heads"] = [head_item(item) for item in self.items]
+        if self.partners:
+            looked_up["reference_partners"] = self.partners
+        for name, items in looked_up.items():
+            data[name] = list(reference.lookup(items).split([len(item.responses) for item in items]))
+        return data
 
     def fit(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one. Returns the metrics of the last step.
@@ -148,12 +200,22 @@ class Trainer:
         order = epoch_order(len(self.items), self.seed, epoch)
         return order[position * self.config.batch_size : (position + 1) * self.config.batch_size]
 
-    def _count(self, batch: Sequence[int]) -> int:
-        if self.loss.unit == "tokens":
-            return sum(len(r) for i in batch for r in self.items[i].responses)
-        if self.loss.unit == "responses":
-            return sum(len(self.items[i].responses) for i in batch)
-        return len(batch)
+    def _counts(self, batch: Sequence[int]) -> dict[str, int]:
+        """How many of every unit, and of every group that a metric is the mean of, are in a batch."""
+        items = [self.items[i] for i in batch]
+        counts = {
+            "items": len(items),
+            "pairs": len(items),
+            "responses": sum(len(item.responses) for item in items),
+            "tokens": sum(len(response) for item in items for response in item.responses),
+            "chosen_tokens": sum(len(item.responses[0]) for item in items),
+            "chosen": len(items),
+            "rejected": len(items),
+        }
+        if self.objective.needs_labels and not self.objective.paired:
+            counts["chosen"] = sum(label > 0.5 for item in items for label in item.labels)
+            counts["rejected"] = counts["responses"] - counts["chosen"]
+        return counts
 
     def _step(self, step: int) -> tuple[dict[str, float], bool]:
         started = time.perf_counter()
@@ -161,13 +223,14 @@ class Trainer:
         micro_batches = split_batch(
             [self.items[i].n_tokens for i in batch], self.config.tokens_per_microbatch, self.world.size
         )
-        count = self._count(batch)
+        counts = self._counts(batch)
+        baseline = self._baseline(batch) if self.objective.baseline else None
         totals: dict[str, torch.Tensor] = {}
         for number, per_rank in enumerate(micro_batches):
             torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.world.rank))
             if self.world.size > 1:
                 self.model.set_requires_gradient_sync(number == len(micro_batches) - 1)
-            self._micro_batch([batch[i] for i in per_rank[self.world.rank]], count, totals)
+            self._micro_batch([batch[i] for i in per_rank[self.world.rank]], counts, baseline, totals)
         lr = learning_rate(self.config, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -175,9 +238,16 @@ class Trainer:
         grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         names = sorted(totals)
         sums = self.world.sum([float(self.should_stop()), *(float(totals[name]) for name in names)])
-        metrics = {
-            name: value / (1 if name == "loss" else len(batch)) for name, value in zip(names, sums[1:], strict=True)
-        }
+        metrics = {}
+        for name, value in zip(names, sums[1:], strict=True):
+            if divisor := self._divisor(name, counts):
+                metrics[name] = value / divisor
+        if {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
+            metrics.setdefault("rewards/margins", metrics["rewards/chosen"] - metrics["rewards/rejected"])
+        if baseline is not None:
+            metrics[self.objective.baseline] = baseline * (
+                self.config.beta if self.objective.baseline == "delta" else 1
+            )
         if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
             raise UserError(
                 f"{self.config.loss} step {step + 1}: loss is {metrics['loss']}, gradient norm {grad_norm}; nothing "
@@ -191,30 +261,57 @@ class Trainer:
         metrics.update(seconds=seconds, tokens_per_second=tokens / seconds)
         return metrics, sums[0] > 0
 
-    def _micro_batch(self, indices: Sequence[int], count: int, totals: dict[str, torch.Tensor]) -> None:
+    @staticmethod
+    def _divisor(name: str, counts: dict[str, int]) -> int:
+        """What turns the sum of a metric over the batch into its mean; 0 where the batch has nothing of the kind."""
+        group, _, which = name.partition("/")
+        if group == "loss":
+            return 1
+        return counts[which if which in ("chosen", "rejected") else "items"]
+
+    def _gather(self, name: str, indices: Sequence[int]) -> torch.Tensor:
+        """A column of `data` for a micro-batch, or for the placeholder of an empty one."""
+        return torch.cat([self.data[name][i] for i in indices] or [torch.zeros(2)]).to(self.world.device)
+
+    def _micro_batch(
+        self, indices: Sequence[int], counts: dict[str, int], baseline: float | None, totals: dict[str, torch.Tensor]
+    ) -> None:
         """Forward and backward; adds this rank's share of the loss and of the metric sums to `totals`."""
-        chosen = [self.items[i] for i in indices] or [PLACEHOLDER]
-        packed = pack(chosen, self.world.device)
-        reference = None
-        if self.reference is not None:
-            kept = [self.reference[i] for i in indices] or [torch.zeros(2)]
-            reference = torch.cat(kept).to(self.world.device)
-        values, logps = evaluate(
-            self.loss,
-            token_logps(self.model, packed),
-            packed.lengths,
-            reference,
-            beta=self.config.beta,
-            label_smoothing=self.config.label_smoothing,
-        )
+        packed = pack([self.items[i] for i in indices] or [PLACEHOLDER], self.world.device)
+        data = {name: self._gather(name, indices) for name in self.data if name != "reference_partners"}
+        if baseline is not None:
+            data["baseline"] = torch.tensor(baseline, device=self.world.device)
+        reference = data.pop("reference", None)
+        values, logps = self.objective.evaluate(token_logps(self.model, packed), packed.lengths, reference, **data)
         weight = float(bool(indices))
-        loss = values.sum() * (weight / count)
+        loss = self.objective.total(values, counts) * weight
         loss.backward()
         sums = {"loss": loss.detach()}
-        if self.loss.paired and reference is not None:
-            sums.update({name: value * weight for name, value in preference_metrics(logps, self.config.beta).items()})
+        if len(values) > 1:
+            for term in self.objective.terms:
+                sums[f"loss/{term.name}"] = values[term.name].detach().sum() * (weight / counts[term.loss.unit])
+        sums.update({name: value * weight for name, value in self.objective.metrics(logps).items()})
         for name, value in sums.items():
-            totals[name] = totals.get(name, 0) + value
+            totals[name] = totals[name] + value if name in totals else value
+
+    @torch.no_grad()
+    def _baseline(self, batch: Sequence[int]) -> float:
+        """The log-ratio that those of this batch are compared with: one more pass, dropout off, over all ranks."""
+        kl = self.objective.baseline == "kl"
+        items, column = (self.partners, "reference_partners") if kl else (self.items, "reference")
+        plan = split_batch([items[i].n_tokens for i in batch], self.config.tokens_per_microbatch, self.world.size)
+        totals = torch.zeros(4, dtype=torch.float64, device=self.world.device)
+        self.model.eval()
+        for per_rank in plan:
+            mine = [batch[i] for i in per_rank[self.world.rank]]
+            packed = pack([items[i] for i in mine] or [PLACEHOLDER], self.world.device)
+            ratios = (sequence_logps(self.model, packed) - self._gather(column, mine)).double()
+            desirable = torch.ones_like(ratios) if kl else (self._gather("labels", mine) > 0.5).double()
+            groups = torch.stack((desirable, 1 - desirable)) * bool(mine)
+            totals += torch.stack((groups @ ratios, groups.sum(1)), 1).flatten()
+        self.model.train()
+        totals = self.world.sum(totals.tolist())
+        return kl_estimate(*totals[:2]) if kl else midpoint(*totals)
 
     def _state(self) -> dict[str, Any]:
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)

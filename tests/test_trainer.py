@@ -83,7 +83,7 @@ def test_schedules():
         assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
 
 
-@pytest.mark.parametrize("loss", ["sft", "dpo"])
+@pytest.mark.parametrize("loss", ["sft", "dpo", "kto"])
 def test_resumed_equals_undisturbed_bit_for_bit(tmp_path, loss):
     expected, expected_steps = run(loss, dropout=0.1)
     steps: list[dict] = []
@@ -162,7 +162,7 @@ def test_one_pair_and_a_single_token_response():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("loss", ["sft", "dpo"])
+@pytest.mark.parametrize("loss", ["sft", "dpo", "kto", "simpo + 0.5 * nll"])
 def test_two_ranks_equal_one(tmp_path, loss):
     expected, expected_steps = run(loss)
     result = torchrun(tmp_path, loss)

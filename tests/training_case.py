@@ -6,6 +6,7 @@ Run as a script under torchrun it trains the same problem sharded and saves the 
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from srlm_fast.errors import Interrupted
 from srlm_fast.model import Llama, LlamaConfig
 from srlm_fast.packing import Item, split_batch
 from srlm_fast.parallel import World, shard
-from srlm_fast.reference import ReferenceCache, compute
-from srlm_fast.trainer import Trainer
+from srlm_fast.reference import ReferenceCache, compute, reference_items
+from srlm_fast.trainer import Trainer, training_objective
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -37,6 +38,14 @@ def make_items(n: int, n_responses: int, seed: int = 0) -> list[Item]:
         return tuple(rng.randrange(64) for _ in range(rng.randint(low, high)))
 
     return [Item(ids(2, 12), tuple(ids(1, 9) for _ in range(n_responses))) for _ in range(n)]
+
+
+def label(items: list[Item]) -> list[Item]:
+    """Pairs get probabilities that add up to 1, single responses 1 and 0 in turn."""
+    labels = [
+        (0.9 - 0.01 * i, 0.1 + 0.01 * i) if len(item.responses) == 2 else (i % 2,) for i, item in enumerate(items)
+    ]
+    return [replace(item, labels=values) for item, values in zip(items, labels)]
 
 
 def make_model(dropout: float = 0.0) -> Llama:
@@ -74,14 +83,16 @@ def options(loss: str, **changes) -> TrainConfig:
 def build(
     loss: str, world: World | None = None, dropout: float = 0.0, n: int = 24, changes: dict | None = None, **arguments
 ) -> Trainer:
-    items = make_items(n, 2 if loss == "dpo" else 1)
+    config = options(loss, **(changes or {}))
+    objective = training_objective(config)
+    items = make_items(n, 2 if objective.paired else 1)
+    if objective.needs_labels:
+        items = label(items)
     model = make_model(dropout)
     if world is not None:
         model = shard(model, world)
-    reference = make_reference(items) if loss == "dpo" else None
-    return Trainer(
-        model, items, options(loss, **(changes or {})), reference=reference, world=world, seed=5, **arguments
-    )
+    reference = make_reference(reference_items(items, objective)) if objective.needs_reference else None
+    return Trainer(model, items, config, reference=reference, world=world, seed=5, **arguments)
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
