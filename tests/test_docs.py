@@ -13,6 +13,9 @@ from srlm_fast.data import Example, RankedPrompt, formats, oasst, prompts
 from srlm_fast.engine.base import Completion
 from srlm_fast.evaluate import Ranked, judge_metrics
 from srlm_fast.judge import Judgement
+from srlm_fast.losses import LOSSES
+from srlm_fast.losses.margins import margins
+from srlm_fast.losses.options import options_of
 from srlm_fast.rollout import answer
 from srlm_fast.rundir import FORMAT_VERSION, RunDir
 
@@ -35,13 +38,15 @@ def test_paper_names_files_that_exist(suffix):
     assert not {name for name in named if not (ROOT / name).is_file()}
 
 
-def test_paper_names_tests_that_exist():
-    named = {name for name in NAMED if "::" in name}
-    assert len(named) > 40
+@pytest.mark.parametrize(("document", "least"), [("paper.md", 40), ("losses.md", 5)])
+def test_documents_name_tests_that_exist(document, least):
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`([^`\n]+)`", text) if "::" in name}
+    assert len(named) > least
     for name in sorted(named):
         file, _, function = name.partition("::")
         assert f"def {function}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (
-            f"docs/paper.md: no test {name}"
+            f"docs/{document}: no test {name}"
         )
 
 
@@ -49,9 +54,32 @@ def test_paper_accounts_for_every_key_of_the_method():
     """All keys but those of the machine, of our own measurements and of the search for prompts."""
     others = re.compile(
         r"run_dir|seed|kernels|engine\..*|model\.(tokenizer|random_init)|.*\.tokens_per_microbatch|candidates\.shard_size"
-        r"|evaluate\.(prompts|n|truth)|prompts\.(requests_per_round|max_requests)|sft\.(beta|label_smoothing)"
+        r"|evaluate\.(prompts|n|truth)|prompts\.(requests_per_round|max_requests)"
+        r"|sft\.(beta|label_smoothing|loss_options)"
     )
     assert not {key for key in KEYS - set(NAMED) if not others.fullmatch(key)}
+
+
+def shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def test_losses_lists_every_loss_with_its_options_and_data():
+    text = (ROOT / "docs/losses.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines()]
+    table = {row[0].strip("`"): row for row in cells if len(row) == 7 and row[0].startswith("`")}
+    assert list(table) == list(LOSSES)
+    common = options_of(margins)
+    for name, (_, _, _, listed, data, launch, _) in table.items():
+        loss = LOSSES[name]
+        own = {option: shown(spec.default) for option, spec in loss.options.items() if option not in common}
+        assert dict(re.findall(r"`(\w+)` ([\w.]+)", listed)) == own, name
+        assert ("*margin*" in listed) == (common.keys() <= loss.options.keys()), name
+        needs = ["pairs" if loss.paired else "single"] + ["ref"] * loss.needs_reference + ["labels"] * loss.needs_labels
+        assert data.split(", ") == needs, name
+        assert (launch == "1") == bool(loss.kind), name
+    rows = {row[0].strip("`"): row[1] for row in cells if len(row) == 3}
+    assert all(rows[name].startswith(shown(spec.default)) for name, spec in common.items())
 
 
 def test_design_names_files_that_exist():
@@ -130,7 +158,9 @@ def test_formats_names_every_field_of_the_run_folder(tmp_path):
 def test_formats_names_every_metric():
     steps: list[dict] = []
     build("dpo", n=4, changes={"max_steps": 1}, on_step=steps.append).fit()
-    assert {"phase", *steps[0]} <= documented("metrics.jsonl")
+    for loss in ("kto", "bco", "simpo"):
+        build(loss, n=4, changes={"max_steps": 1}, on_step=steps.append).fit()
+    assert {"phase", *(name for step in steps for name in step)} <= documented("metrics.jsonl")
     metrics = {name.removesuffix("_interval") for name in judge_metrics([Ranked([1.0, 2.0], [1, 0])], bootstrap=2)}
     assert metrics <= documented("metrics.json")
     assert summary.COLUMNS.keys() <= documented("summary.json")
