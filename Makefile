@@ -1,6 +1,6 @@
 # make demo    the whole self-rewarding loop on a tiny Llama, on the CPU, in a few minutes
 # make test    lint, the C++ tests and every Python test that needs no GPU
-# make bench   tokens per second of the generation engine
+# make bench   the operators against their peers and floors; tokens per second of the generation engine
 # make build   the native operators again, after a change in csrc/
 #
 # Each sets up what it needs. PYTHON=python3.12 picks another interpreter (3.11 or newer), VENV=<folder> another place,
@@ -29,6 +29,7 @@ lint: build
 	$(BIN)/ruff check .
 
 bench: build
+	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/generate.py
 
 build: $(NATIVE)
