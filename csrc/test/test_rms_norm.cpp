@@ -1,5 +1,5 @@
-// rms_norm, add_rms_norm and their gradient against the definition in double precision: ragged widths, strided rows; and
-// the gradient of the weight bit for bit on one thread and on three.
+// rms_norm, add_rms_norm and their gradient against the definition in double precision: ragged widths, strided rows;
+// and the gradients bit for bit on one thread and on three.
 #include "rms_norm.h"
 
 #include <ATen/ATen.h>
