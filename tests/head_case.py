@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from srlm_fast.kernels import library
-from srlm_fast.kernels.softmax_rows import Softmax
+from srlm_fast.kernels.linear_softmax import CHUNK_BYTES
+from srlm_fast.kernels.softmax_rows import ALIGNMENT, Softmax
 
-TINY = 20_000
-"""chunk_bytes that no case of these tests keeps its U in."""
+BUDGETS = ("kept", "chunks")
+"""Ways to U: all of it kept, or chunks of a half of the rows at most, a sixth in narrow dtypes."""
 
 
 class Case(NamedTuple):
@@ -21,6 +22,13 @@ class Case(NamedTuple):
     weight: Tensor
     target: Tensor
     grad: Tensor
+
+    def chunk_bytes(self, budget: str) -> int:
+        """The argument of the operators that has them keep U, or not even that of the rows that `ignoring` leaves."""
+        if budget == "kept":
+            return CHUNK_BYTES
+        width = -(-len(self.weight) // ALIGNMENT) * ALIGNMENT
+        return max(1, len(self.target) * width * self.x.itemsize // 2)
 
     def exact(self) -> Case:
         """The same numbers in float64."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from head_case import TINY, Recorder, exact_losses, make
+from head_case import BUDGETS, Recorder, exact_losses, make
 from kernel_case import ROUNDING, relative_error
 
 from srlm_fast.kernels import library
@@ -15,7 +15,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = {"temperature": 0.8, "softcap": 6.0, "label_smoothing": 0.1, "z_loss": 0.01}
-BUDGETS = [CHUNK_BYTES, TINY]
 
 
 def ignoring(case, share=3):
@@ -43,13 +42,13 @@ def ours(case, reduction, **options):
     return loss, *torch.autograd.grad(loss, (case.x, case.weight), upstream)
 
 
-@pytest.mark.parametrize("chunk_bytes", BUDGETS)
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, ALL])
-def test_value_and_gradients(implementation, options, dtype, reduction, chunk_bytes):
+def test_value_and_gradients(implementation, options, dtype, reduction, budget):
     case, rows = ignoring(make(40, 16, 201, dtype, scale=0.7))
-    got = ours(case, reduction, chunk_bytes=chunk_bytes, **options)
+    got = ours(case, reduction, chunk_bytes=case.chunk_bytes(budget), **options)
     want = exact(case, rows, reduction, **options)
     assert got[0].dtype == torch.float32 and got[0].shape == want[0].shape
     assert relative_error(got[0], want[0]) < 1e-6
@@ -69,26 +68,26 @@ def test_means_what_torch_means(implementation, label_smoothing, reduction):
         assert relative_error(a, b) < ROUNDING[torch.float32]
 
 
-@pytest.mark.parametrize("chunk_bytes", BUDGETS)
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_rows_in_place_of_targets(implementation, reduction, chunk_bytes):
+def test_rows_in_place_of_targets(implementation, reduction, budget):
     case, rows = ignoring(make(20, 8, 101))
-    want = ours(case, reduction, chunk_bytes=chunk_bytes)
+    want = ours(case, reduction, chunk_bytes=case.chunk_bytes(budget))
     garbage = case.target.masked_fill(case.target == -100, 1 << 40)
-    got = ours(case._replace(target=garbage), reduction, rows=rows, chunk_bytes=chunk_bytes)
+    got = ours(case._replace(target=garbage), reduction, rows=rows, chunk_bytes=case.chunk_bytes(budget))
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    backwards = ours(case._replace(target=garbage), reduction, rows=rows.flip(0), chunk_bytes=chunk_bytes)
+    backwards = ours(case._replace(target=garbage), reduction, rows=rows.flip(0), chunk_bytes=case.chunk_bytes(budget))
     for a, b in zip(backwards, want):
         assert relative_error(a, b) < 1e-6
 
 
-@pytest.mark.parametrize("chunk_bytes", BUDGETS)
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("n", [0, 5])
-def test_no_row_counts(implementation, n, reduction, chunk_bytes):
+def test_no_row_counts(implementation, n, reduction, budget):
     case = make(n, 4, 65)
-    loss, dx, dw = ours(case._replace(target=torch.full((n,), -100)), reduction, chunk_bytes=chunk_bytes)
+    loss, dx, dw = ours(case._replace(target=torch.full((n,), -100)), reduction, chunk_bytes=case.chunk_bytes(budget))
     assert loss.shape == ((n,) if reduction == "none" else ()) and not loss.any()
     assert dx.shape == (n, 4) and not dx.any() and dw.shape == (65, 4) and not dw.any()
 
@@ -116,19 +115,21 @@ def test_ignore_index(ignore_index):
 def test_all_ways_to_the_gradient_agree(implementation, options):
     """U kept, gradients made in the forward, and U made again for every row's loss."""
     case, rows = ignoring(make(60, 16, 201))
-    kept, forward = (ours(case, "sum", chunk_bytes=chunk_bytes, **options) for chunk_bytes in BUDGETS)
+    kept, forward = (ours(case, "sum", chunk_bytes=case.chunk_bytes(budget), **options) for budget in BUDGETS)
     ones = case._replace(grad=torch.full_like(case.grad, -1.7))
-    again = ours(ones, "none", chunk_bytes=TINY, **options)
+    again = ours(ones, "none", chunk_bytes=case.chunk_bytes("chunks"), **options)
     for a, b, c in zip(kept[1:], forward[1:], again[1:]):
         assert relative_error(b, a) < 5e-7 and relative_error(c, a) < 5e-7
 
 
-@pytest.mark.parametrize("chunk_bytes", BUDGETS)
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_main_grad_is_added_to(implementation, reduction, chunk_bytes):
+def test_main_grad_is_added_to(implementation, reduction, budget):
     case, rows = ignoring(make(40, 16, 201, torch.bfloat16))
     main_grad = torch.full((201, 16), 3.0)
-    loss = linear_cross_entropy(*case[:3], reduction=reduction, chunk_bytes=chunk_bytes, main_grad=main_grad)
+    loss = linear_cross_entropy(
+        *case[:3], reduction=reduction, chunk_bytes=case.chunk_bytes(budget), main_grad=main_grad
+    )
     upstream = case.grad if reduction == "none" else torch.tensor(-1.7)
     loss.backward(upstream, retain_graph=True)
     _, edx, edw = exact(case, rows, reduction)
@@ -140,14 +141,14 @@ def test_main_grad_is_added_to(implementation, reduction, chunk_bytes):
     torch.testing.assert_close(case.x.grad, 2 * dx, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("chunk_bytes", BUDGETS)
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize(("needs_x", "needs_weight"), [(True, True), (True, False), (False, True), (False, False)])
-def test_products_are_those_needed(needs_x, needs_weight, chunk_bytes):
+def test_products_are_those_needed(needs_x, needs_weight, budget):
     """6 N D V whatever the budget, N being the rows that count; a frozen head or input saves its product."""
     case, rows = ignoring(make(40, 16, 201))
     x, weight = case.x.detach().requires_grad_(needs_x), case.weight.detach().requires_grad_(needs_weight)
     with library.on_cpu("torch"), Recorder() as record:
-        loss = linear_cross_entropy(x, weight, case.target, chunk_bytes=chunk_bytes)
+        loss = linear_cross_entropy(x, weight, case.target, chunk_bytes=case.chunk_bytes(budget))
         if needs_x or needs_weight:
             loss.backward()
     assert (x.grad is not None, weight.grad is not None) == (needs_x, needs_weight)
@@ -166,11 +167,11 @@ def test_memory_stays_within_the_budget(reduction, dtype):
     assert record.largest <= budget
 
 
-@pytest.mark.parametrize("chunk_bytes", BUDGETS)
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_repeats_to_the_bit(implementation, reduction, chunk_bytes):
+def test_repeats_to_the_bit(implementation, reduction, budget):
     case, _ = ignoring(make(60, 16, 201, torch.bfloat16))
-    first, second = (ours(case, reduction, chunk_bytes=chunk_bytes, **ALL) for _ in range(2))
+    first, second = (ours(case, reduction, chunk_bytes=case.chunk_bytes(budget), **ALL) for _ in range(2))
     for a, b in zip(first, second):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -187,16 +188,22 @@ def test_gradcheck(implementation, reduction, chunk_bytes):
     assert torch.autograd.gradcheck(loss, (case.x, case.weight))
 
 
-@pytest.mark.parametrize("chunk_bytes", BUDGETS)
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_compiles_without_a_break(reduction, chunk_bytes):
+def test_compiles_without_a_break(reduction, budget):
     case, rows = ignoring(make(20, 8, 101))
     main_grad = torch.zeros(101, 8)
 
     def function(x, weight):
         return sum(
             linear_cross_entropy(
-                x, weight, case.target, rows=rows, reduction=reduction, chunk_bytes=chunk_bytes, main_grad=place
+                x,
+                weight,
+                case.target,
+                rows=rows,
+                reduction=reduction,
+                chunk_bytes=case.chunk_bytes(budget),
+                main_grad=place,
             )
             for place in (None, main_grad)
         )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from head_case import TINY, Recorder, exact_losses, make
+from head_case import BUDGETS, Recorder, exact_losses, make
 from kernel_case import ROUNDING, relative_error
 from torch.utils.checkpoint import checkpoint
 
@@ -24,12 +24,12 @@ def exact(case, grad_entropy=None, **options):
     return -loss, entropy, *torch.autograd.grad(total, (x, weight))
 
 
-@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, TINY])
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "d", "v"), [(1, 3, 2), (17, 8, 101), (40, 32, 1000)])
-def test_value_and_gradients(implementation, n, d, v, dtype, chunk_bytes):
+def test_value_and_gradients(implementation, n, d, v, dtype, budget):
     case = make(n, d, v, dtype, scale=0.5)
-    logp = linear_logprob(case.x, case.weight, case.target, chunk_bytes=chunk_bytes)
+    logp = linear_logprob(case.x, case.weight, case.target, chunk_bytes=case.chunk_bytes(budget))
     assert logp.dtype == torch.float32
     dx, dw = torch.autograd.grad(logp, (case.x, case.weight), case.grad)
     assert dx.dtype == dw.dtype == dtype
@@ -50,12 +50,12 @@ def test_weight_gradient_by_one_product(dtype, monkeypatch):
         assert got.dtype == dtype and relative_error(got, want) < ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, TINY])
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_temperature_softcap_and_entropy(implementation, dtype, chunk_bytes):
+def test_temperature_softcap_and_entropy(implementation, dtype, budget):
     case, options = make(20, 16, 201, dtype), {"temperature": 0.7, "softcap": 5.0}
     h = torch.linspace(-1, 1, 20)
-    logp, entropy = linear_logprob(*case[:3], return_entropy=True, chunk_bytes=chunk_bytes, **options)
+    logp, entropy = linear_logprob(*case[:3], return_entropy=True, chunk_bytes=case.chunk_bytes(budget), **options)
     elogp, eentropy, edx, edw = exact(case, h.double(), **options)
     assert relative_error(logp, elogp) < 1e-6 and relative_error(entropy, eentropy) < 1e-6
     dx, dw = torch.autograd.grad((logp, entropy), (case.x, case.weight), (case.grad, h), retain_graph=True)
@@ -69,7 +69,7 @@ def test_temperature_softcap_and_entropy(implementation, dtype, chunk_bytes):
 def test_kept_and_recomputed_agree(implementation):
     case = make(40, 16, 201)
     gradients = []
-    for chunk_bytes in (CHUNK_BYTES, TINY, 1):
+    for chunk_bytes in (CHUNK_BYTES, case.chunk_bytes("chunks"), 1):
         logp = linear_logprob(*case[:3], chunk_bytes=chunk_bytes)
         gradients.append((logp, *torch.autograd.grad(logp, (case.x, case.weight), case.grad)))
     for other in gradients[1:]:
@@ -88,48 +88,48 @@ def test_extreme_logits_and_certain_targets(implementation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, TINY])
-def test_certain_targets_keep_relative_accuracy(implementation, dtype, chunk_bytes):
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_certain_targets_keep_relative_accuracy(implementation, dtype, budget):
     """p - 1 of a bf16 p = 1 - 5e-4 would be 0; dx is (p - 1) times a difference of embeddings."""
     weight = torch.tensor([[4.0], [-4.0]] + [[-16.0]] * 30, dtype=dtype).repeat(10, 1).requires_grad_()
     weight = weight.detach()[:32].clone().requires_grad_()
     x = torch.full((3, 1), 1.0, dtype=dtype, requires_grad=True)
     case = make(3, 1, 32, dtype)._replace(x=x, weight=weight, target=torch.zeros(3, dtype=torch.int64))
-    logp = linear_logprob(*case[:3], chunk_bytes=chunk_bytes)
+    logp = linear_logprob(*case[:3], chunk_bytes=case.chunk_bytes(budget))
     (dx,) = torch.autograd.grad(logp, x, case.grad)
     expected, _, edx, _ = exact(case)
     assert float(expected[0].detach().exp()) > 0.9996
     assert relative_error(logp, expected) < 2e-4 and relative_error(dx, edx) < max(2e-4, ROUNDING[dtype])
 
 
-@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, TINY])
-def test_no_rows(implementation, chunk_bytes):
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_no_rows(implementation, budget):
     case = make(0, 4, 9)
-    logp, entropy = linear_logprob(*case[:3], return_entropy=True, chunk_bytes=chunk_bytes)
+    logp, entropy = linear_logprob(*case[:3], return_entropy=True, chunk_bytes=case.chunk_bytes(budget))
     dx, dw = torch.autograd.grad(logp.sum() + entropy.sum(), (case.x, case.weight))
     assert logp.shape == entropy.shape == (0,) and dx.shape == (0, 4) and dw.shape == (9, 4) and not dw.any()
 
 
-@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, TINY])
-def test_nan_stays_in_its_row(implementation, chunk_bytes):
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_nan_stays_in_its_row(implementation, budget):
     case = make(6, 4, 65)
     x = case.x.detach().clone()
     x[2, 1] = float("nan")
     x.requires_grad_()
-    logp = linear_logprob(x, case.weight, case.target, chunk_bytes=chunk_bytes)
+    logp = linear_logprob(x, case.weight, case.target, chunk_bytes=case.chunk_bytes(budget))
     (dx,) = torch.autograd.grad(logp.sum(), x)
     assert (
         logp.isnan().tolist() == dx.isnan().all(1).tolist() == dx.isnan().any(1).tolist() == [n == 2 for n in range(6)]
     )
 
 
-@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, TINY])
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_main_grad_is_added_to(implementation, dtype, chunk_bytes):
+def test_main_grad_is_added_to(implementation, dtype, budget):
     case = make(20, 16, 201, dtype)
     main_grad = torch.full((201, 16), 3.0)
     for times in (1, 2):
-        logp = linear_logprob(*case[:3], chunk_bytes=chunk_bytes, main_grad=main_grad)
+        logp = linear_logprob(*case[:3], chunk_bytes=case.chunk_bytes(budget), main_grad=main_grad)
         logp.backward(case.grad)
         assert case.weight.grad is None
         _, _, edx, edw = exact(case)
@@ -137,40 +137,40 @@ def test_main_grad_is_added_to(implementation, dtype, chunk_bytes):
         assert relative_error(case.x.grad, times * edx) < 3 * ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, TINY])
-def test_a_second_backward_gives_the_same(implementation, chunk_bytes):
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_second_backward_gives_the_same(implementation, budget):
     case = make(20, 16, 201, torch.bfloat16)
-    logp = linear_logprob(*case[:3], chunk_bytes=chunk_bytes)
+    logp = linear_logprob(*case[:3], chunk_bytes=case.chunk_bytes(budget))
     first, second = (torch.autograd.grad(logp, (case.x, case.weight), case.grad, retain_graph=True) for _ in range(2))
     for a, b in zip(first, second):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, TINY])
-def test_repeats_to_the_bit(implementation, chunk_bytes):
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_repeats_to_the_bit(implementation, budget):
     def run():
         case = make(40, 16, 201, torch.bfloat16)
-        logp, entropy = linear_logprob(*case[:3], return_entropy=True, chunk_bytes=chunk_bytes)
+        logp, entropy = linear_logprob(*case[:3], return_entropy=True, chunk_bytes=case.chunk_bytes(budget))
         return logp, entropy, *torch.autograd.grad((logp, entropy), (case.x, case.weight), (case.grad, case.grad))
 
     for a, b in zip(run(), run()):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, TINY])
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize(
     ("needs_x", "needs_weight", "kept_products", "recomputed_products"),
     [(1, 1, 3, 4), (1, 0, 2, 3), (0, 1, 2, 3), (0, 0, 1, 1)],
 )
-def test_products_are_those_needed(needs_x, needs_weight, kept_products, recomputed_products, chunk_bytes):
+def test_products_are_those_needed(needs_x, needs_weight, kept_products, recomputed_products, budget):
     case = make(40, 16, 201)
     x, weight = case.x.detach().requires_grad_(bool(needs_x)), case.weight.detach().requires_grad_(bool(needs_weight))
     with library.on_cpu("torch"), Recorder() as record:
-        logp = linear_logprob(x, weight, case.target, chunk_bytes=chunk_bytes)
+        logp = linear_logprob(x, weight, case.target, chunk_bytes=case.chunk_bytes(budget))
         if needs_x or needs_weight:
             logp.backward(case.grad)
     assert (x.grad is not None, weight.grad is not None) == (needs_x, needs_weight)
-    products = kept_products if chunk_bytes == CHUNK_BYTES else recomputed_products
+    products = kept_products if budget == "kept" else recomputed_products
     assert record.flops == 2 * products * x.shape[0] * weight.numel()
 
 
@@ -208,13 +208,15 @@ def test_gradcheck(implementation, chunk_bytes):
     assert torch.autograd.gradcheck(lambda x, weight: linear_logprob(x, weight, case.target), (case.x, case.weight))
 
 
-@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, TINY])
-def test_compiles_without_a_break(chunk_bytes):
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_compiles_without_a_break(budget):
     case = make(20, 16, 201)
     main_grad = torch.zeros(201, 16)
 
     def function(x, weight):
-        logp, entropy = linear_logprob(x, weight, case.target, return_entropy=True, chunk_bytes=chunk_bytes)
+        logp, entropy = linear_logprob(
+            x, weight, case.target, return_entropy=True, chunk_bytes=case.chunk_bytes(budget)
+        )
         return logp + entropy.detach() + linear_logprob(x, weight, case.target, main_grad=main_grad)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
