@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srlm_fast.errors import UserError
+from srlm_fast.kernels.linear import linear
 from srlm_fast.kernels.linear_logprob import linear_logprob
+from srlm_fast.kernels.rms_norm import add_rms_norm, rms_norm
+from srlm_fast.kernels.rotary import rotary, rotary_table
+from srlm_fast.kernels.swiglu import swiglu
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q [T, H, hd], k [T, H_kv, hd], v [T, H_kv, hd]) -> [T, H, hd]; q and k are already rotated."""
@@ -182,24 +186,29 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
     return inv_freq
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half rotary embedding. x [T, H, hd]; cos, sin [T, 1, hd]."""
-    half = x.shape[-1] // 2
-    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + rotated * sin
-
-
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; normalised in fp32 or wider, cast, then scaled (the order of Hugging Face's Llama)."""
+    """x / rms(x) * weight, after the addition of what the branch before it gave."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The residual stream x + delta, and its norm; [T, D] each."""
+        if delta is None:
+            return x, rms_norm(x, self.weight, self.eps)
+        return add_rms_norm(x, delta, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias, by our own product where that is faster."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+        return linear(x, self.weight)
 
 
 class Attention(nn.Module):
@@ -208,28 +217,26 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(q_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        heads = (x.shape[0], -1, self.head_dim)
-        q = apply_rotary(self.q_proj(x).view(heads), cos, sin)
-        k = apply_rotary(self.k_proj(x).view(heads), cos, sin)
-        v = self.v_proj(x).view(heads)
+        q, k = rotary(self.q_proj(x), self.k_proj(x), cos, sin, self.head_dim)
+        q, k, v = (projected.view(x.shape[0], -1, self.head_dim) for projected in (q, k, self.v_proj(x)))
         return self.o_proj(attend(self.layer, q, k, v).reshape(x.shape[0], -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -241,9 +248,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self._drop(self.self_attn(self.input_layernorm(x), cos, sin, attend))
-        return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
+    def forward(
+        self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and what the MLP adds to it: the next norm does the addition."""
+        x, normalised = self.input_layernorm(x, delta)
+        x, normalised = self.post_attention_layernorm(x, self._drop(self.self_attn(normalised, cos, sin, attend)))
+        return x, self._drop(self.mlp(normalised))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -272,7 +283,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config, dropout)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.register_buffer("inv_freq", rotary_frequencies(config), persistent=False)
@@ -312,15 +323,13 @@ class Llama(nn.Module):
         Returns:
             fp32 [N] log-probabilities if `targets` is given, else logits [N, V].
         """
-        angles = positions[:, None].float() * self.inv_freq[None, :]
-        angles = torch.cat((angles, angles), dim=-1)[:, None, :]
-        x = self.model.embed_tokens(input_ids)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = rotary_table(positions, self.inv_freq.float())
+        x, delta = self.model.embed_tokens(input_ids), None
         for block in self.model.layers:
-            x = block(x, cos, sin, attend)
+            x, delta = block(x, delta, cos, sin, attend)
         if rows is not None:
-            x = x.index_select(0, rows)
-        x = self.model.norm(x)
+            x, delta = x.index_select(0, rows), delta.index_select(0, rows)
+        _, x = self.model.norm(x, delta)
         if targets is not None:
             return linear_logprob(x, self.lm_head.weight, targets)
         return self.lm_head(x)

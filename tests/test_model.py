@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_case import relative_error
 
 from srlm_fast.errors import UserError
 from srlm_fast.kernels.attention import Segments, varlen_attention
@@ -82,7 +83,7 @@ def test_gradients_equal_transformers():
     (-logps.mean()).backward()
     expected = dict(reference.named_parameters())
     for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, expected[name].grad, atol=1e-5, rtol=1e-3, msg=name)
+        assert relative_error(p.grad, expected[name].grad) < 2e-5, name  # theirs is 8e-6 from float64, ours 6e-6
 
 
 def test_config_round_trip_through_transformers(tmp_path):
