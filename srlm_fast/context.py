@@ -77,9 +77,8 @@ class Context:
             raise UserError(f"sft.loss={self.config.sft.loss} needs labels, SFT has none; use sft")
         if not dpo.paired:
             raise UserError(f"dpo.loss={self.config.dpo.loss} does not compare pairs; use dpo")
-        if dpo.needs_labels or dpo.needs_heads:
-            lacking = "labels" if dpo.needs_labels else "the reference's log-probabilities of cut responses"
-            raise UserError(f"dpo.loss={self.config.dpo.loss} needs {lacking}, which a run does not make; use another")
+        if dpo.needs_labels:
+            raise UserError(f"dpo.loss={self.config.dpo.loss} needs labels, which a run does not make; use another")
 
     def _check_generator(self) -> None:
         if self.config.prompts.generator in GENERATORS:

@@ -213,6 +213,18 @@ def test_other_keys_are_refused_by_name(undisturbed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("loss", "responses_per_pair"), [("ld_dpo", 3), ("simpo + 0.5 * nll", 0)])
+def test_other_losses_get_the_reference_values_that_they_need(tmp_path, loss, responses_per_pair):
+    """ld_dpo wants one response of a pair cut to the other's length as well, a loss without a reference none."""
+    done = run(command(tmp_path / "run", f"dpo.loss={loss}", "iterations=1", "kernels=reference"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    pairs = (tmp_path / "run/m1/pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    cached = load_file(tmp_path / "run/m1/reference.safetensors")["logps"]
+    assert 2 * len(pairs) * bool(responses_per_pair) <= len(cached) <= responses_per_pair * len(pairs)
+    assert (tmp_path / "run/models/m2/model.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_real_oasst_through_every_phase(tmp_path, shared_data):
     shared_data("oasst1/oasst1-en-validation.jsonl")
     done = run(command(tmp_path / "smoke", config="oasst_smoke"))

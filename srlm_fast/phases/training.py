@@ -21,9 +21,9 @@ from srlm_fast.parallel import shard
 from srlm_fast.phases import PhaseResult
 from srlm_fast.phases.data import sft_items
 from srlm_fast.progress import progress
-from srlm_fast.reference import ReferenceCache, compute
+from srlm_fast.reference import ReferenceCache, compute, reference_items
 from srlm_fast.seeds import derive_seed
-from srlm_fast.trainer import Trainer
+from srlm_fast.trainer import Trainer, training_objective
 
 
 def sft(run: Context, name: str, sources: Sequence[str]) -> PhaseResult:
@@ -47,10 +47,21 @@ def dpo(run: Context, t: int) -> PhaseResult:
 
 
 def reference(run: Context, t: int) -> PhaseResult:
-    """Log-probs of M_t's pairs under M_t, dropout off; writes mT/reference.safetensors."""
+    """Log-probs of M_t's pairs under M_t that the loss needs, dropout off; writes mT/reference.safetensors."""
     run.sleep_engine()
-    items = pair_items(run.run_dir / f"m{t}/pairs.jsonl")
+    items = reference_items(pair_items(run.run_dir / f"m{t}/pairs.jsonl"), training_objective(run.config.dpo))
     weights_id = run.main(lambda: checkpoint.weights_id(run.weights(f"m{t}")))
+    values = _reference_values(run, t, items, weights_id) if items else []
+    cache = ReferenceCache(weights_id)
+    for part in run.world.gather(values):
+        cache.update(part)
+    path = run.run_dir / f"m{t}/reference.safetensors"
+    run.main(lambda: cache.save(path))
+    return [path], {"responses": len(cache), "weights_id": weights_id[:16]}
+
+
+def _reference_values(run: Context, t: int, items: list[Item], weights_id: str) -> list[tuple[bytes, float]]:
+    """This rank's share of the log-probabilities, with the keys they are cached under."""
     model = _load(run, run.weights(f"m{t}"), dropout=0.0)
     plan = split_batch([item.n_tokens for item in items], run.config.dpo.tokens_per_microbatch, run.world.size)
     mine = [per_rank[run.world.rank] for per_rank in plan]
@@ -60,13 +71,7 @@ def reference(run: Context, t: int) -> PhaseResult:
             run.check_stop()
             advance(n)
 
-        values = compute(model, items, weights_id, mine, device=run.world.device, progress=on_done)
-    cache = ReferenceCache(weights_id)
-    for part in run.world.gather(values):
-        cache.update(part)
-    path = run.run_dir / f"m{t}/reference.safetensors"
-    run.main(lambda: cache.save(path))
-    return [path], {"responses": len(cache), "weights_id": weights_id[:16]}
+        return compute(model, items, weights_id, mine, device=run.world.device, progress=on_done)
 
 
 def pair_items(path: Path) -> list[Item]:
