@@ -23,9 +23,10 @@ constexpr bool kAvx512 = false;
 #endif
 
 constexpr int64_t kTile = 64;         // columns of a packed factor: four registers of sixteen floats
+constexpr int64_t kVocabTile = 128;   // rows of W's gradient made at a time
 constexpr int64_t kVocabBlock = 256;  // of the vocabulary summed over at a time: a packed tile of them stays in cache
-constexpr int64_t kRowBlock = 512;    // rows summed over at a time
-constexpr int64_t kVocabSlices = 8;   // partial sums of dX, added up in this order
+constexpr int64_t kVocabSlices = 8;   // of the vocabulary with a sum of their own, added up in this order
+constexpr int64_t kRowBlock = 512;    // rows of x or U at a time: fewer would not pay for the packing
 
 // The 16-bit kernels take the second factor as pairs of rows, interleaved: [K / 2][columns][2].
 template <typename T>
@@ -84,21 +85,16 @@ void transpose(const T* in, int64_t ld_in, int64_t rows, int64_t cols, T* out, i
 // Packs [k, cols] as it lies; an odd last row gets a partner of zeros.
 template <typename T>
 void pack(const T* in, int64_t ld, int64_t k, int64_t cols, T* out) {
-  for (int64_t i = 0; i < k; i += kPair<T>) {
-    const T *row = in + i * ld, *next = row + ld;
-    T* const packed = out + i * kTile;
-    if constexpr (kPair<T> == 1) {
-      std::copy_n(row, cols, packed);
-    } else if (i + 1 < k) {
-      for (int64_t c = 0; c < cols; ++c) {
-        packed[2 * c] = row[c];
-        packed[2 * c + 1] = next[c];
-      }
-    } else {
-      for (int64_t c = 0; c < cols; ++c) {
-        packed[2 * c] = row[c];
-        packed[2 * c + 1] = T(0);
-      }
+  if constexpr (kPair<T> == 1) {
+    for (int64_t i = 0; i < k; ++i) std::copy_n(in + i * ld, cols, out + i * kTile);
+  } else {
+    // As integers, which the compiler makes vectors of.
+    static constexpr uint16_t zeros[kTile] = {};
+    for (int64_t i = 0; i < k; i += 2) {
+      const auto* const row = reinterpret_cast<const uint16_t*>(in + i * ld);
+      const uint16_t* const next = i + 1 < k ? row + ld : zeros;
+      auto* const pairs = reinterpret_cast<uint32_t*>(out + i * kTile);
+      for (int64_t c = 0; c < cols; ++c) pairs[c] = row[c] | static_cast<uint32_t>(next[c]) << 16;
     }
   }
 }
@@ -121,10 +117,10 @@ at::Tensor whole_pairs(const at::Tensor& x) {
 template <typename T>
 void multiply_transposed_(const at::Tensor& x, const at::Tensor& w, at::Tensor& out) {
   const at::Tensor x_pairs = whole_pairs<T>(x), w_pairs = whole_pairs<T>(w);
-  const int64_t rows = x.size(0), vocab = w.size(0), k = x_pairs.size(1), ldx = x_pairs.stride(0), ldw = w_pairs.stride(0);
+  const int64_t rows = x.size(0), vocab = w.size(0), k = x_pairs.size(1);
+  const int64_t ldx = x_pairs.stride(0), ldw = w_pairs.stride(0), ldz = out.stride(0);
   const T *x_data = x_pairs.const_data_ptr<T>(), *w_data = w_pairs.const_data_ptr<T>();
   float* const z = out.mutable_data_ptr<float>();
-  const int64_t ldz = out.stride(0);
   for_each_task<T>(tiles(vocab, kTile), [&](int64_t tile) {
     const int64_t v = tile * kTile, cols = std::min(kTile, vocab - v);
     const Scratch<T> packed(k * kTile);
@@ -181,7 +177,6 @@ void multiply_(const at::Tensor& u, const at::Tensor& w, const at::Tensor& scale
 
 template <typename T>
 void add_transposed_product_(const at::Tensor& u, const at::Tensor& x, at::Tensor& out) {
-  constexpr int64_t kVocabTile = 128;
   // Rows of the transposed block do not lie powers of two apart, where they would share few places in the cache.
   constexpr int64_t ldt = kRowBlock + 32;
   const int64_t rows = u.size(0), vocab = u.size(1), dim = x.size(1), ldu = u.stride(0), ldx = x.stride(0);

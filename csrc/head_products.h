@@ -11,7 +11,7 @@ namespace srlm {
 // out = x w^T for x [R, D], w [V, D] and out [R, V] in the wide dtype; the rows of all are dense, w is contiguous.
 void multiply_transposed(const at::Tensor& x, const at::Tensor& w, at::Tensor& out);
 
-// out = diag(scale) u w for u [R, V], w [V, D] and out [R, D] of one dtype; scale [R] in the wide dtype, or undefined: 1.
+// out = diag(scale) u w for u [R, V], w [V, D] and out [R, D] of one dtype; scale [R] in the wide dtype, or undefined.
 void multiply(const at::Tensor& u, const at::Tensor& w, const at::Tensor& scale, at::Tensor& out);
 
 // out += u^T x for u [R, V] and x [R, D] of one dtype and out [V, D] in the wide dtype, contiguous.

@@ -14,8 +14,8 @@
 namespace srlm {
 namespace {
 
-constexpr int64_t kAlignment = 64;    // columns; rows of logits and of U lie a multiple of this apart
-constexpr int64_t kMostRows = 512;    // of logits at a time: with more the products are no faster
+constexpr int64_t kAlignment = 64;  // columns; rows of logits and of U lie a multiple of this apart
+constexpr int64_t kMostRows = 512;  // of logits at a time: with more the products are no faster
 
 int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 

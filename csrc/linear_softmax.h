@@ -10,8 +10,8 @@
 
 namespace srlm {
 
-// x [N, D] and weight [V, D] of one floating dtype, contiguous; target int64 [N]. (loss, lse, entropy, U), the first three
-// in fp32, or fp64 for fp64, the last in weight's dtype.
+// x [N, D] and weight [V, D] of one floating dtype, contiguous; target int64 [N]. (loss, lse, entropy, U), the first
+// three in fp32, or fp64 for fp64, the last in weight's dtype.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_softmax(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target, double temperature, double softcap,
     double label_smoothing, double z_loss, bool entropy, bool keep, int64_t chunk_rows);

@@ -85,7 +85,8 @@ void write_unit(const Wide<T>* exponentials, T* unit, int64_t cols, Wide<T> tota
 // U of a row from z.
 template <typename T>
 void write_unit(const Wide<T>* z, T* unit, int64_t cols, const Terms<Wide<T>>& terms, const Softmax& softmax) {
-  const Vec<T> max(terms.max), log_sum(terms.log_sum), a(terms.a), b(terms.b), h(terms.h), entropy(terms.entropy), one(1);
+  const Vec<T> max(terms.max), log_sum(terms.log_sum), entropy(terms.entropy);
+  const Vec<T> a(terms.a), b(terms.b), h(terms.h), one(1);
   const Vec<T> to_tanh(softmax.softcap ? softmax.temperature / softmax.softcap : 0), scale(1 / softmax.temperature);
   for_each_vector<T>(cols, [&](int64_t i, int64_t n) {
     const Vec<T> z_i = load(z + i, n), log_p = z_i - max - log_sum, t = z_i * to_tanh;

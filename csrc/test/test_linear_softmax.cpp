@@ -18,10 +18,11 @@ struct Exact {
   at::Tensor loss, entropy, unit;  // unit = d(c loss + h entropy) / d raw
 };
 
-Exact exact(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target, const at::Tensor& c, const at::Tensor& h,
-            const Options& o) {
+Exact exact(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target, const at::Tensor& c,
+            const at::Tensor& h, const Options& o) {
   const at::Tensor raw = at::mm(x, w.t()), t = o.softcap ? at::tanh(raw / o.softcap) : at::zeros_like(raw);
-  const at::Tensor z = (o.softcap ? t * o.softcap : raw) / o.temperature, log_p = at::log_softmax(z, 1), p = log_p.exp();
+  const at::Tensor z = (o.softcap ? t * o.softcap : raw) / o.temperature;
+  const at::Tensor log_p = at::log_softmax(z, 1), p = log_p.exp();
   const at::Tensor lse = at::logsumexp(z, {1}), entropy = -(p * log_p).sum(1), y = target.unsqueeze(1);
   const at::Tensor onehot = at::zeros_like(p).scatter_(1, y, 1.0);
   const at::Tensor loss = -(1 - o.label_smoothing) * log_p.gather(1, y).squeeze(1) - o.label_smoothing * log_p.mean(1) +
@@ -42,7 +43,8 @@ bool close(const at::Tensor& ours, const at::Tensor& exact, double tolerance, co
 bool check(at::ScalarType dtype, int64_t n, int64_t v, int64_t d, const Options& o) {
   const bool is_double = dtype == at::kDouble;
   const double sums = is_double ? 1e-13 : 4e-6, tolerance = is_double ? 1e-13 : dtype == at::kFloat ? 4e-6 : 5e-3;
-  const at::Tensor x = at::randn({n, d}).to(dtype), w = at::randn({v, d}).to(dtype), target = at::randint(v, {n}, at::kLong);
+  const at::Tensor x = at::randn({n, d}).to(dtype), w = at::randn({v, d}).to(dtype);
+  const at::Tensor target = at::randint(v, {n}, at::kLong);
   const at::TensorOptions wide = at::TensorOptions().dtype(is_double ? at::kDouble : at::kFloat);
   const at::Tensor c = at::randn({n}, wide), h = at::randn({n}, wide), zero = at::zeros({n}, at::kDouble);
   const at::Tensor xd = x.to(at::kDouble), wd = w.to(at::kDouble), cd = c.to(at::kDouble);
@@ -50,8 +52,8 @@ bool check(at::ScalarType dtype, int64_t n, int64_t v, int64_t d, const Options&
   bool good = true;
   for (const int64_t chunk_rows : {int64_t{1000}, int64_t{7}}) {
     for (const bool keep : {false, true}) {
-      const auto [loss, lse, entropy, unit] = srlm::linear_softmax(x, w, target, o.temperature, o.softcap, o.label_smoothing,
-                                                                   o.z_loss, true, keep, chunk_rows);
+      const auto [loss, lse, entropy, unit] = srlm::linear_softmax(
+          x, w, target, o.temperature, o.softcap, o.label_smoothing, o.z_loss, true, keep, chunk_rows);
       good &= close(loss, plain.loss, sums, "loss") && close(entropy, both.entropy, sums, "entropy");
       for (const bool with_entropy : {false, true}) {
         const at::Tensor& u = (with_entropy ? both : plain).unit;
@@ -62,8 +64,8 @@ bool check(at::ScalarType dtype, int64_t n, int64_t v, int64_t d, const Options&
         good &= close(dx, at::mm(u, wd), tolerance, "dx") && close(dw, at::mm(u.t(), xd) + 1, tolerance, "dw");
       }
     }
-    const auto [loss, dx, dw] = srlm::linear_softmax_gradients(x, w, target, c, o.temperature, o.softcap, o.label_smoothing,
-                                                               o.z_loss, true, true, chunk_rows);
+    const auto [loss, dx, dw] = srlm::linear_softmax_gradients(
+        x, w, target, c, o.temperature, o.softcap, o.label_smoothing, o.z_loss, true, true, chunk_rows);
     good &= close(loss, plain.loss, sums, "loss of gradients") &&
             close(dx, at::mm(plain.unit, wd), tolerance, "dx of gradients") &&
             close(dw, at::mm(plain.unit.t(), xd), tolerance, "dw of gradients");
@@ -73,7 +75,8 @@ bool check(at::ScalarType dtype, int64_t n, int64_t v, int64_t d, const Options&
 
 // U of a target that is all but certain, and of one beside logits of 1e4; a row of NaN stays alone.
 bool check_extremes() {
-  const at::Tensor x = at::tensor({30.0f, 1e4f, NAN, 1.0f}).unsqueeze(1), w = at::tensor({1.0f, 0.0f, -1.0f}).unsqueeze(1);
+  const at::Tensor x = at::tensor({30.0f, 1e4f, NAN, 1.0f}).unsqueeze(1);
+  const at::Tensor w = at::tensor({1.0f, 0.0f, -1.0f}).unsqueeze(1);
   const at::Tensor target = at::tensor({0, 1, 0, 2}, at::kLong);
   const auto [loss, lse, entropy, unit] = srlm::linear_softmax(x, w, target, 1, 0, 0, 0, true, true, 4);
   const double others = std::exp(-30.0) + std::exp(-60.0), rest = std::log(1 + std::exp(-1.0) + std::exp(-2.0));
@@ -83,8 +86,8 @@ bool check_extremes() {
   bool good = near(loss[0], others) && near(unit[0][0], -others) && near(loss[1], 1e4) && near(unit[1][1], -1);
   good &= near(loss[3], 2 + rest) && std::isnan(loss[2].item<double>());
   at::Tensor dw = at::zeros({3, 1});
-  const at::Tensor dx = srlm::linear_softmax_backward(at::ones({4}), std::nullopt, x, w, target, lse, entropy, unit, dw, 1,
-                                                      0, 0, 0, true, 4);
+  const at::Tensor dx = srlm::linear_softmax_backward(at::ones({4}), std::nullopt, x, w, target, lse, entropy, unit, dw,
+                                                      1, 0, 0, 0, true, 4);
   good &= near(dx[0], std::exp(-60.0) * -2 - std::exp(-30.0)) && near(dx[1], 1) && std::isnan(dx[2].item<double>());
   if (!good) std::printf("extreme logits\n");
   return good;
