@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import Interrupted, UserError
+from srlm_fast.kernels import library
+from srlm_fast.kernels.optimizer import AdamW
 from srlm_fast.losses import Objective, get_objective
 from srlm_fast.losses.unpaired import kl_estimate, midpoint
 from srlm_fast.packing import Item, epoch_order, pack, split_batch
@@ -65,15 +67,25 @@ def training_objective(config: TrainConfig) -> Objective:
     return objective
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices, none on norms."""
+def make_optimizer(model: nn.Module, config: TrainConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices and none on norms; torch's fused one where kernels are not in use.
+
+    `seed` is of the rounding of bf16 moments; it differs between ranks.
+
+    Raises:
+        UserError: for bf16 moments without kernels.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+    options = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
+    if library.fused():
+        return AdamW(groups, **options, moments=config.moments, seed=seed)
+    if config.moments != "fp32":
+        raise UserError(f"moments={config.moments} needs kernels=fused; torch's AdamW does not have them")
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 def _cause(error: BaseException) -> str:
@@ -129,7 +141,7 @@ class Trainer:
             [max(item.n_tokens for item in [*items, *self.partners])], config.tokens_per_microbatch, self.world.size
         )
         self.data = self._read_data(reference)
-        self.optimizer = make_optimizer(model, config)
+        self.optimizer = make_optimizer(model, config, derive_seed(seed, "moments", self.world.rank) % 2**32)
         steps_per_epoch = math.ceil(len(items) / config.batch_size)
         self.total_steps = min(steps_per_epoch * config.epochs, config.max_steps or steps_per_epoch * config.epochs)
         self.steps_per_epoch = steps_per_epoch

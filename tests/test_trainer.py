@@ -10,6 +10,7 @@ import torch
 from training_case import build, full_weights, make_items, make_model, make_reference, options
 
 from srlm_fast.errors import Interrupted, UserError
+from srlm_fast.kernels import library
 from srlm_fast.packing import Item
 from srlm_fast.reference import ReferenceCache
 from srlm_fast.trainer import Trainer, learning_rate
@@ -83,16 +84,41 @@ def test_schedules():
         assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
 
 
-@pytest.mark.parametrize("loss", ["sft", "dpo", "kto"])
-def test_resumed_equals_undisturbed_bit_for_bit(tmp_path, loss):
-    expected, expected_steps = run(loss, dropout=0.1)
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+def test_kernels_train_as_plain_torch_does(loss):
+    fused, fused_steps = run(loss)
+    with library.using("reference"):
+        plain, plain_steps = run(loss)
+    assert [s["loss"] for s in fused_steps] == pytest.approx([s["loss"] for s in plain_steps], abs=1e-5)
+    for name in plain:
+        torch.testing.assert_close(fused[name], plain[name], atol=2e-5, rtol=0, msg=name)
+
+
+def test_bf16_moments_train_alike_and_need_kernels():
+    _, steps = run("dpo")
+    _, halved = run("dpo", changes={"moments": "bf16"})
+    assert halved[-1]["loss"] == pytest.approx(steps[-1]["loss"], abs=0.02)
+    assert halved[-1]["loss"] != steps[-1]["loss"]
+    with library.using("reference"), pytest.raises(UserError, match="moments=bf16 needs kernels=fused"):
+        build("dpo", changes={"moments": "bf16"})
+
+
+@pytest.mark.parametrize(("loss", "moments"), [("sft", "fp32"), ("dpo", "fp32"), ("kto", "fp32"), ("dpo", "bf16")])
+def test_resumed_equals_undisturbed_bit_for_bit(tmp_path, loss, moments):
+    changes = {"moments": moments}
+    expected, expected_steps = run(loss, dropout=0.1, changes=changes)
     steps: list[dict] = []
     with pytest.raises(Interrupted):
         build(
-            loss, dropout=0.1, checkpoint_dir=tmp_path, on_step=steps.append, should_stop=lambda: len(steps) == 2
+            loss,
+            dropout=0.1,
+            changes=changes,
+            checkpoint_dir=tmp_path,
+            on_step=steps.append,
+            should_stop=lambda: len(steps) == 2,
         ).fit()
     assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
-    resumed = build(loss, dropout=0.1, checkpoint_dir=tmp_path, on_step=steps.append)
+    resumed = build(loss, dropout=0.1, changes=changes, checkpoint_dir=tmp_path, on_step=steps.append)
     with torch.no_grad():
         for p in resumed.model.parameters():
             p.zero_()
