@@ -13,7 +13,7 @@ TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch>=2.10,torch==2.13.0)
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.srlm-fast-installed
-NATIVE := srlm_fast/libsrlm_default$(if $(filter Darwin,$(shell uname)),.dylib,.so)
+NATIVE := build/.native-built
 
 .PHONY: demo test lint bench build clean
 
@@ -22,7 +22,9 @@ demo: build
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/torchrun --nproc-per-node 1 scripts/iterate.py --config configs/tiny.yaml
 
 test: lint
-	if [ -d build/native ]; then ctest --test-dir build/native --output-on-failure; fi
+	if command -v cmake >/dev/null; then \
+	  cmake -S . -B build/test -DTORCH_DIR=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') >/dev/null && \
+	  cmake --build build/test --parallel && ctest --test-dir build/test --output-on-failure; fi
 	$(BIN)/python -m pytest -m "not gpu"
 
 lint: build
@@ -34,14 +36,15 @@ bench: build
 
 build: $(NATIVE)
 
-# Without CMake or a compiler this makes no file and the plain-Python operators are used; setup.py says so.
-$(NATIVE): CMakeLists.txt $(wildcard csrc/* csrc/test/*) | $(INSTALLED)
+# Without CMake or a compiler this builds nothing and the plain-Python operators are used; setup.py says so.
+$(NATIVE): CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h) | $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace
+	mkdir -p build && touch $@
 
 $(INSTALLED): pyproject.toml setup.py requirements/constraints.txt | $(BIN)/python
 	$(PIP) install $(TORCH) setuptools -c requirements/constraints.txt
 	$(PIP) install --no-build-isolation -e ".[test]" -c requirements/constraints.txt
-	touch $@
+	mkdir -p build && touch $@ $(NATIVE)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

@@ -5,9 +5,12 @@ says so, and `srlm_fast.native_ops` runs its plain-Python versions.
 
     pip install -e .                          # builds the operators against the torch of this environment
     python setup.py build_ext --inplace       # builds them again, in place
+
+They are built for the instruction set that torch chooses on this machine; SRLM_CAPABILITIES="default;avx2;avx512" builds
+them for others too, for a folder or a wheel that several machines use.
 """
 
-import platform
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +24,6 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build" / "native"
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
-CAPABILITIES = ("default", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("default",)
 
 
 def torch_folder() -> Path | None:
@@ -35,25 +37,46 @@ def torch_folder() -> Path | None:
     return found if (found / "include" / "torch").is_dir() else None
 
 
+def capability(torch: Path) -> str:
+    """The instruction set that torch chooses on this machine, as CMakeLists.txt names it."""
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    environment = {**os.environ, "PYTHONPATH": str(torch.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    return {"AVX512": "avx512", "AVX2": "avx2"}.get(done.stdout.strip(), "default")
+
+
+def libraries(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"libsrlm_*{SUFFIX}"))
+
+
+def replace_libraries(folder: Path) -> None:
+    """Leaves exactly the libraries that were just built in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    built = {path.name for path in libraries(BUILD)}
+    for old in libraries(folder):
+        if old.name not in built:
+            old.unlink()
+    for name in built:
+        fresh = folder / f"{name}.new"
+        shutil.copyfile(BUILD / name, fresh)
+        fresh.replace(folder / name)  # a process that has the old file loaded keeps it
+
+
 class CMakeBuild(build_ext):
     """Builds csrc/ into srlm_fast/libsrlm_<instruction set>.so; never fails the install."""
 
-    def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split("."))) + SUFFIX
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in libraries(Path(self.build_lib) / "srlm_fast")]
 
     def build_extensions(self) -> None:
         reason = self.compile()
-        for extension in self.extensions:
-            target = Path(self.get_ext_fullpath(extension.name)).resolve()
-            if reason:
-                target.unlink(missing_ok=True)  # rather none than one of older sources
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            fresh = target.with_suffix(".new")
-            shutil.copyfile(BUILD / target.name, fresh)
-            fresh.replace(target)  # a process that has the old file loaded keeps it
         if reason:
+            shutil.rmtree(BUILD, ignore_errors=True)  # rather no libraries than some of older sources
             print(f"srlm-fast: native operators not built ({reason}); the plain-Python ones will be used", flush=True)
+        replace_libraries(Path(self.build_lib) / "srlm_fast")
+
+    def copy_extensions_to_source(self) -> None:
+        replace_libraries(ROOT / "srlm_fast")
 
     def compile(self) -> str | None:
         """Runs CMake; returns why there is no result, if there is none."""
@@ -63,14 +86,14 @@ class CMakeBuild(build_ext):
         if torch is None:
             return "no torch in this environment; install torch, then run `python setup.py build_ext --inplace`"
         steps = (
-            ["cmake", "-S", ROOT, "-B", BUILD, "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_DIR={torch}"],
+            ["cmake", "-S", ROOT, "-B", BUILD, "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_DIR={torch}"]
+            + [f"-DSRLM_CAPABILITIES={os.environ.get('SRLM_CAPABILITIES') or capability(torch)}", "-DBUILD_TESTING=OFF"],
             ["cmake", "--build", BUILD, "--parallel"],
         )
         for step in steps:
             done = subprocess.run(step, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode:
                 print(done.stdout, flush=True)
-                shutil.rmtree(BUILD, ignore_errors=True)  # a failed configuration would be remembered
                 return f"`{' '.join(map(str, step[:2]))}` failed, see above"
         return None
 
@@ -79,6 +102,6 @@ setup(
     packages=find_packages(include=["srlm_fast", "srlm_fast.*"]) + ["srlm_fast.kernels"],
     # A top-level package named `kernels` would shadow the PyPI package of that name, which transformers imports.
     package_dir={"srlm_fast.kernels": "kernels"},
-    ext_modules=[Extension(f"srlm_fast.libsrlm_{name}", sources=[], optional=True) for name in CAPABILITIES],
+    ext_modules=[Extension("srlm_fast.libsrlm", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )
