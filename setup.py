@@ -6,8 +6,8 @@ says so, and `srlm_fast.native_ops` runs its plain-Python versions.
     pip install -e .                          # builds the operators against the torch of this environment
     python setup.py build_ext --inplace       # builds them again, in place
 
-They are built for the instruction set that torch chooses on this machine; SRLM_CAPABILITIES="default;avx2;avx512" builds
-them for others too, for a folder or a wheel that several machines use.
+They are built for the instruction set that torch chooses on this machine. For a folder or a wheel that several machines
+use, SRLM_CAPABILITIES="default;avx2;avx512" builds them for others too.
 """
 
 import os
@@ -85,9 +85,14 @@ class CMakeBuild(build_ext):
             return "no cmake on PATH"
         if torch is None:
             return "no torch in this environment; install torch, then run `python setup.py build_ext --inplace`"
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "TORCH_DIR": torch,
+            "SRLM_CAPABILITIES": os.environ.get("SRLM_CAPABILITIES") or capability(torch),
+            "BUILD_TESTING": "OFF",
+        }
         steps = (
-            ["cmake", "-S", ROOT, "-B", BUILD, "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_DIR={torch}"]
-            + [f"-DSRLM_CAPABILITIES={os.environ.get('SRLM_CAPABILITIES') or capability(torch)}", "-DBUILD_TESTING=OFF"],
+            ["cmake", "-S", ROOT, "-B", BUILD, *(f"-D{name}={value}" for name, value in options.items())],
             ["cmake", "--build", BUILD, "--parallel"],
         )
         for step in steps:
