@@ -125,6 +125,15 @@ def _step_triton(
         )
 
 
+def compile_cases() -> None:
+    """The launches that bench/compile_report.py compiles."""
+    scalars = _scalars(1e-5, 0.9, 0.999, 1e-8, 0.01, 1)
+    for dtype, moments in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2):
+        for n, key in ((4096, None), (4097, 7)):
+            param, moment = (torch.empty(n, dtype=d, device="meta") for d in (dtype, moments))
+            _step_triton(param, param, moment, moment, scalars, key)
+
+
 def _step_torch(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Scalars, key: int | None
 ) -> None:

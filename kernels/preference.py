@@ -42,7 +42,7 @@ from torch import Tensor
 from srlm_fast.kernels import library
 from srlm_fast.kernels.triton_helpers import exp, store, tl, triton
 
-BLOCK = 1024
+BLOCK = 512
 
 DISCOPOP_TAU = 0.05
 
@@ -221,6 +221,15 @@ def _backward_triton(
     if n_tokens:
         preference_backward_kernel[(len(lengths),)](grad_values, grad_sums, coefficients, lengths, d_logps, BLOCK=BLOCK)
     return d_logps
+
+
+def compile_cases() -> None:
+    """The launches that bench/compile_report.py compiles."""
+    logps, lengths = torch.empty(4096, device="meta"), torch.empty(64, dtype=torch.int64, device="meta")
+    for kind in KINDS:
+        _forward_triton(logps, lengths, lengths.float(), kind, 0.1, 0.1, 0.0, False)
+    values, sums, coefficients = _forward_triton(logps, lengths, None, "sigmoid", 0.1, 0.0, 0.5, True)
+    _backward_triton(values, sums, coefficients, lengths, len(logps))
 
 
 def _sigmoid(d: Tensor, beta: float, eps: float) -> tuple[Tensor, Tensor]:

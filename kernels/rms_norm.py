@@ -105,6 +105,15 @@ def _backward_triton(
     return dx, partial.sum(0).to(weight.dtype)
 
 
+def compile_cases() -> None:
+    """The launches that bench/compile_report.py compiles."""
+    for dtype, cols in ((torch.bfloat16, 4096), (torch.bfloat16, 8192), (torch.float32, 8192), (torch.bfloat16, 100)):
+        x, weight = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((4096, cols), (cols,)))
+        for other in (None, x):
+            _, y, rstd = _launch_forward(x, other, weight, 1e-5)
+            _backward_triton(y, x, weight, rstd, other)
+
+
 def _forward_torch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     s = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = (s.square().mean(1) + eps).rsqrt()

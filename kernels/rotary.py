@@ -61,6 +61,18 @@ def _rotary_in_place_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inve
     _launch(q, k, q, k, cos, sin, inverse)
 
 
+def compile_cases() -> None:
+    """The launches that bench/compile_report.py compiles."""
+    for dtype, q_heads, k_heads, half in (
+        (torch.bfloat16, 64, 8, 64),
+        (torch.float32, 32, 32, 64),
+        (torch.float32, 4, 4, 10),
+    ):
+        q, k = (torch.empty(8, heads * 2 * half, dtype=dtype, device="meta") for heads in (q_heads, k_heads))
+        cos = torch.empty(8, half, device="meta")
+        _rotary_triton(q, k, cos, cos, False)
+
+
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.unflatten(1, (-1, 2, cos.shape[1])).to(torch.promote_types(x.dtype, torch.float32)).unbind(2)
     c, s = cos[:, None], sin[:, None]

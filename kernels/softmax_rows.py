@@ -173,7 +173,8 @@ def config(n_cols: int, plain: bool) -> dict:
 
     Args:
         n_cols: V.
-        plain: whether neither the entropy's gradient nor soft-capping nor label smoothing takes registers too.
+        plain: whether nothing else takes registers: U as wide as the logits, the entropy or its gradient,
+            soft-capping, label smoothing.
     """
     longest = 32768 if plain else 8192
     if n_cols <= longest:
@@ -211,7 +212,8 @@ def triton_rows(
         coefficient, grad_entropy: c and h of U, fp32 [n]; 1 and 0 if None.
     """
     n_rows, n_cols = logits.shape
-    plain = grad_entropy is None and not softmax.softcap and not softmax.label_smoothing
+    narrow = unit is None or unit.dtype != logits.dtype
+    plain = narrow and entropy is grad_entropy is None and not softmax.softcap and not softmax.label_smoothing
     if n_rows:
         rows_kernel[(n_rows,)](
             logits,
@@ -233,3 +235,19 @@ def triton_rows(
             SMOOTHED=softmax.label_smoothing > 0,
             **config(n_cols, plain),
         )
+
+
+def compile_cases() -> None:
+    """The launches that bench/compile_report.py compiles."""
+    row, target = torch.empty(8, device="meta"), torch.empty(8, dtype=torch.int64, device="meta")
+    smooth, capped = Softmax(label_smoothing=0.1, z_loss=1e-4), Softmax(temperature=0.7, softcap=30.0)
+    for n_cols in (4096, 32000, 32001, 128256):
+        logits = padded_rows(8, n_cols, torch.float32, row.device)
+        unit = padded_rows(8, n_cols, torch.bfloat16, row.device)
+        triton_rows(logits, target, Softmax(), unit=unit, loss=row, lse=row)
+        triton_rows(logits, target, Softmax(), unit=logits, loss=row, coefficient=row)
+        triton_rows(logits, target, Softmax(), loss=row, lse=row, entropy=row)
+        triton_rows(logits, target, Softmax(), unit=unit, loss=row, lse=row, entropy=row)
+        if n_cols in (4096, 32000):
+            triton_rows(logits, target, smooth, unit=unit, loss=row, lse=row)
+            triton_rows(logits, target, capped, unit=unit, coefficient=row, grad_entropy=row)

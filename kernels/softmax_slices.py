@@ -20,6 +20,7 @@ from srlm_fast.kernels.softmax_rows import (
     load_row,
     load_target,
     padded,
+    padded_rows,
     unit_gradient,
 )
 from srlm_fast.kernels.triton_helpers import store, tl, triton
@@ -194,6 +195,16 @@ def _gradient_triton(
             BLOCK=BLOCK,
             num_warps=8,
         )
+
+
+def compile_cases() -> None:
+    """The launches that bench/compile_report.py compiles."""
+    target, terms = torch.empty(8, dtype=torch.int64, device="meta"), torch.empty(8, 7, device="meta")
+    for n_cols, softcap in ((32064, 0.0), (32064, 30.0), (32001, 0.0)):
+        logits = padded_rows(8, n_cols, torch.float32, target.device)
+        _statistics_triton(logits, target, 1.0, softcap)
+        for unit in (logits, padded_rows(8, n_cols, torch.bfloat16, target.device)):
+            _gradient_triton(logits, target, terms, unit, 1.0, softcap)
 
 
 statistics = library.define(

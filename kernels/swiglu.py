@@ -59,6 +59,15 @@ def _backward_triton(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
     return d_gate, d_up
 
 
+def compile_cases() -> None:
+    """The launches that bench/compile_report.py compiles."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for cols in (14336, 344):
+            gate = torch.empty(8, cols, dtype=dtype, device="meta")
+            _forward_triton(gate, gate)
+            _backward_triton(gate, gate, gate)
+
+
 def _forward_torch(gate: Tensor, up: Tensor) -> Tensor:
     wide = torch.promote_types(gate.dtype, torch.float32)
     return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
