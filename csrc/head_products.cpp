@@ -66,15 +66,15 @@ void multiply(const at::Tensor& u, const at::Tensor& w, const at::Tensor& scale,
   out.copy_(sums);
 }
 
-void add_transposed_product(const at::Tensor& u, const at::Tensor& x, at::Tensor& out) {
-  if (blocked::available(u.scalar_type())) return blocked::add_transposed_product(u, x, out);
+void transposed_multiply(const at::Tensor& u, const at::Tensor& x, at::Tensor& out, bool add) {
+  if (blocked::available(u.scalar_type())) return blocked::transposed_multiply(u, x, out, add);
   const at::ScalarType wide = out.scalar_type();
   const at::Tensor wide_x = x.to(wide);
   for_each_slice(u.size(1), u.scalar_type() != wide, [&](int64_t start, int64_t size) {
     const at::Tensor wide_u = u.narrow(1, start, size).to(wide);
     for_each_tile(size, kVocabTile, [&](int64_t v, int64_t cols) {
       at::Tensor part = out.narrow(0, start + v, cols);
-      at::addmm_out(part, part, wide_u.narrow(1, v, cols).t(), wide_x);
+      at::addmm_out(part, part, wide_u.narrow(1, v, cols).t(), wide_x, /*beta=*/add ? 1 : 0);
     });
   });
 }

@@ -3,7 +3,6 @@
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -106,7 +105,7 @@ at::Tensor linear_softmax_backward(const at::Tensor& grad_loss, const std::optio
   const bool need_dw = dw.size(0) > 0;
   if (unit.size(0) > 0 && !grad_entropy) {
     if (need_dx) multiply(unit, weight, grad_loss, dx);
-    if (need_dw) add_transposed_product(unit, at::mul(x, grad_loss.unsqueeze(1)).to(x.scalar_type()), dw);
+    if (need_dw) transposed_multiply(unit, at::mul(x, grad_loss.unsqueeze(1)).to(x.scalar_type()), dw, true);
     return dx;
   }
   const SoftmaxRows rows{.coefficient = grad_loss.contiguous(),
@@ -115,7 +114,7 @@ at::Tensor linear_softmax_backward(const at::Tensor& grad_loss, const std::optio
                 [&](int64_t start, int64_t size, const at::Tensor& chunk_unit) {
                   at::Tensor dx_rows = need_dx ? dx.narrow(0, start, size) : at::Tensor();
                   if (need_dx) multiply(chunk_unit, weight, {}, dx_rows);
-                  if (need_dw) add_transposed_product(chunk_unit, x.narrow(0, start, size), dw);
+                  if (need_dw) transposed_multiply(chunk_unit, x.narrow(0, start, size), dw, true);
                 });
   return dx;
 }
@@ -126,13 +125,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_softmax_gradients(
     int64_t chunk_rows) {
   at::Tensor loss = at::empty({x.size(0)}, wide(x));
   at::Tensor dx = at::empty({need_dx ? x.size(0) : 0, x.size(1)}, x.options());
-  at::Tensor dw = at::zeros({need_dw ? weight.size(0) : 0, x.size(1)}, wide(x));
+  at::Tensor dw = at::empty({need_dw ? weight.size(0) : 0, x.size(1)}, wide(x));
+  if (x.size(0) == 0) dw.zero_();
   const SoftmaxRows rows{.loss = loss, .coefficient = coefficient.contiguous()};
   for_each_unit(x, weight, target.contiguous(), {temperature, softcap, label_smoothing, z_loss}, rows, chunk_rows,
                 [&](int64_t start, int64_t size, const at::Tensor& unit) {
                   at::Tensor dx_rows = need_dx ? dx.narrow(0, start, size) : at::Tensor();
                   if (need_dx) multiply(unit, weight, {}, dx_rows);
-                  if (need_dw) add_transposed_product(unit, x.narrow(0, start, size), dw);
+                  if (need_dw) transposed_multiply(unit, x.narrow(0, start, size), dw, start > 0);
                 });
   return {loss, dx, dw};
 }
