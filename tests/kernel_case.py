@@ -13,6 +13,9 @@ from torch import Tensor
 from srlm_fast.kernels import library
 from srlm_fast.native_ops import native_available
 
+WITHOUT_CPP = {"softmax_statistics", "softmax_gradient"}
+"""Operators of the vocabulary-parallel head, which run in plain torch on the CPU."""
+
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 """Relative error (in norm) that one rounding to a dtype explains, with a little room."""
 
@@ -25,6 +28,9 @@ def running(implementation: str) -> Iterator[None]:
             if shutil.which("cmake") and shutil.which("c++"):
                 pytest.fail("native operators not built: python setup.py build_ext --inplace")
             pytest.skip("no CMake or C++ compiler to build the native operators with")
+        for name in library.OPERATORS.keys() - WITHOUT_CPP:
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"srlm::{name}", "CPU"):
+                pytest.fail(f"the built library lacks {name}: python setup.py build_ext --inplace")
         yield
         return
     if implementation == "triton":
