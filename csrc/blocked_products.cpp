@@ -176,7 +176,7 @@ void multiply_(const at::Tensor& u, const at::Tensor& w, const at::Tensor& scale
 }
 
 template <typename T>
-void transposed_multiply_(const at::Tensor& u, const at::Tensor& x, at::Tensor& out, bool add) {
+void transposed_product_(const at::Tensor& u, const at::Tensor& x, at::Tensor& out, bool add) {
   // Rows of the transposed block do not lie powers of two apart, where they would share few places in the cache.
   constexpr int64_t ldt = kRowBlock + 32;
   const int64_t rows = u.size(0), vocab = u.size(1), dim = x.size(1), ldu = u.stride(0), ldx = x.stride(0);
@@ -235,8 +235,8 @@ void multiply(const at::Tensor& u, const at::Tensor& w, const at::Tensor& scale,
   (u.scalar_type() == at::kFloat ? multiply_<float> : multiply_<at::BFloat16>)(u, w, scale, out);
 }
 
-void transposed_multiply(const at::Tensor& u, const at::Tensor& x, at::Tensor& out, bool add) {
-  (u.scalar_type() == at::kFloat ? transposed_multiply_<float> : transposed_multiply_<at::BFloat16>)(u, x, out, add);
+void transposed_product(const at::Tensor& u, const at::Tensor& x, at::Tensor& out, bool add) {
+  (u.scalar_type() == at::kFloat ? transposed_product_<float> : transposed_product_<at::BFloat16>)(u, x, out, add);
 }
 
 }  // namespace srlm::blocked

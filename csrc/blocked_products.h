@@ -10,6 +10,6 @@ bool available(at::ScalarType dtype);
 
 void multiply_transposed(const at::Tensor& x, const at::Tensor& w, at::Tensor& out);
 void multiply(const at::Tensor& u, const at::Tensor& w, const at::Tensor& scale, at::Tensor& out);
-void transposed_multiply(const at::Tensor& u, const at::Tensor& x, at::Tensor& out, bool add);
+void transposed_product(const at::Tensor& u, const at::Tensor& x, at::Tensor& out, bool add);
 
 }  // namespace srlm::blocked

@@ -66,8 +66,10 @@ void multiply(const at::Tensor& u, const at::Tensor& w, const at::Tensor& scale,
   out.copy_(sums);
 }
 
-void transposed_multiply(const at::Tensor& u, const at::Tensor& x, at::Tensor& out, bool add) {
-  if (blocked::available(u.scalar_type())) return blocked::transposed_multiply(u, x, out, add);
+namespace {
+
+void transposed_product(const at::Tensor& u, const at::Tensor& x, at::Tensor& out, bool add) {
+  if (blocked::available(u.scalar_type())) return blocked::transposed_product(u, x, out, add);
   const at::ScalarType wide = out.scalar_type();
   const at::Tensor wide_x = x.to(wide);
   for_each_slice(u.size(1), u.scalar_type() != wide, [&](int64_t start, int64_t size) {
@@ -77,6 +79,16 @@ void transposed_multiply(const at::Tensor& u, const at::Tensor& x, at::Tensor& o
       at::addmm_out(part, part, wide_u.narrow(1, v, cols).t(), wide_x, /*beta=*/add ? 1 : 0);
     });
   });
+}
+
+}  // namespace
+
+void transposed_product(const at::Tensor& u, const at::Tensor& x, at::Tensor& out) {
+  transposed_product(u, x, out, false);
+}
+
+void add_transposed_product(const at::Tensor& u, const at::Tensor& x, at::Tensor& out) {
+  transposed_product(u, x, out, true);
 }
 
 }  // namespace srlm

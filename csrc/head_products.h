@@ -14,7 +14,10 @@ void multiply_transposed(const at::Tensor& x, const at::Tensor& w, at::Tensor& o
 // out = diag(scale) u w for u [R, V], w [V, D] and out [R, D] of one dtype; scale [R] in the wide dtype, or undefined.
 void multiply(const at::Tensor& u, const at::Tensor& w, const at::Tensor& scale, at::Tensor& out);
 
-// out = u^T x, or out += u^T x, for u [R, V] and x [R, D] of one dtype and out [V, D] in the wide dtype, contiguous.
-void transposed_multiply(const at::Tensor& u, const at::Tensor& x, at::Tensor& out, bool add);
+// out = u^T x for u [R, V] and x [R, D] of one dtype and out [V, D] in the wide dtype, contiguous.
+void transposed_product(const at::Tensor& u, const at::Tensor& x, at::Tensor& out);
+
+// out += u^T x
+void add_transposed_product(const at::Tensor& u, const at::Tensor& x, at::Tensor& out);
 
 }  // namespace srlm

@@ -105,7 +105,7 @@ at::Tensor linear_softmax_backward(const at::Tensor& grad_loss, const std::optio
   const bool need_dw = dw.size(0) > 0;
   if (unit.size(0) > 0 && !grad_entropy) {
     if (need_dx) multiply(unit, weight, grad_loss, dx);
-    if (need_dw) transposed_multiply(unit, at::mul(x, grad_loss.unsqueeze(1)).to(x.scalar_type()), dw, true);
+    if (need_dw) add_transposed_product(unit, at::mul(x, grad_loss.unsqueeze(1)).to(x.scalar_type()), dw);
     return dx;
   }
   const SoftmaxRows rows{.coefficient = grad_loss.contiguous(),
@@ -114,7 +114,7 @@ at::Tensor linear_softmax_backward(const at::Tensor& grad_loss, const std::optio
                 [&](int64_t start, int64_t size, const at::Tensor& chunk_unit) {
                   at::Tensor dx_rows = need_dx ? dx.narrow(0, start, size) : at::Tensor();
                   if (need_dx) multiply(chunk_unit, weight, {}, dx_rows);
-                  if (need_dw) transposed_multiply(chunk_unit, x.narrow(0, start, size), dw, true);
+                  if (need_dw) add_transposed_product(chunk_unit, x.narrow(0, start, size), dw);
                 });
   return dx;
 }
@@ -132,7 +132,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_softmax_gradients(
                 [&](int64_t start, int64_t size, const at::Tensor& unit) {
                   at::Tensor dx_rows = need_dx ? dx.narrow(0, start, size) : at::Tensor();
                   if (need_dx) multiply(unit, weight, {}, dx_rows);
-                  if (need_dw) transposed_multiply(unit, x.narrow(0, start, size), dw, start > 0);
+                  if (need_dw) (start ? add_transposed_product : transposed_product)(unit, x.narrow(0, start, size), dw);
                 });
   return {loss, dx, dw};
 }
