@@ -132,7 +132,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_softmax_gradients(
                 [&](int64_t start, int64_t size, const at::Tensor& unit) {
                   at::Tensor dx_rows = need_dx ? dx.narrow(0, start, size) : at::Tensor();
                   if (need_dx) multiply(unit, weight, {}, dx_rows);
-                  if (need_dw) (start ? add_transposed_product : transposed_product)(unit, x.narrow(0, start, size), dw);
+                  const auto into_dw = start > 0 ? add_transposed_product : transposed_product;
+                  if (need_dw) into_dw(unit, x.narrow(0, start, size), dw);
                 });
   return {loss, dx, dw};
 }
