@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srlm_fast.kernels import library
-from srlm_fast.kernels.adamw import AdamW
 from srlm_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from srlm_fast.kernels.linear_logprob import linear_logprob
+from srlm_fast.kernels.optimizer import AdamW
 from srlm_fast.kernels.preference import preference_loss
 from srlm_fast.kernels.rms_norm import add_rms_norm, rms_norm
 from srlm_fast.kernels.rotary import rotary, rotary_table
@@ -41,7 +41,7 @@ CUDA_HEADS = [
 ]
 CPU_ROWS = [(4096, 128), (2048, 288), (2048, 1024)]
 CUDA_ROWS = [(8192, 4096), (8192, 5120), (8192, 8192)]
-SMALL_CHUNK = 16 << 20
+SMALL_CHUNK = 40 << 20
 """Logits in memory at once, in bytes, where an LM head on the CPU is to use little memory."""
 
 
