@@ -129,13 +129,18 @@ def copy_of(n_bytes: int, device: torch.device) -> measure.Run:
 
 
 def eager_and_compiled(function: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
-    """torch's two ways to run a formula, in plain torch."""
+    """An operator, and torch's two ways to run its formula."""
+    torch.compiler.reset()  # every case is compiled afresh, however many there were before
+    compiled = torch.compile(function)
 
-    def reference(*args: Tensor) -> Tensor:
-        with library.using("reference"):
-            return function(*args)
+    def in_plain_torch(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def reference(*args: Tensor) -> Tensor:
+            with library.using("reference"):
+                return run(*args)
 
-    return {"ours": function, "torch eager": reference, "torch.compile": torch.compile(reference)}
+        return reference
+
+    return {"ours": function, "torch eager": in_plain_torch(function), "torch.compile": in_plain_torch(compiled)}
 
 
 def row_cases(rows: int, d: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
