@@ -9,13 +9,13 @@ Started again with the same arguments it goes on where it was. --status tells wh
 import argparse
 import sys
 
-from srlm_fast.config import describe, load_config
+from srlm_fast.config import Config, describe, load_config
 from srlm_fast.errors import Interrupted, UserError
 
 
 def main() -> int | None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=f"keys:\n{describe()}", formatter_class=formatter)
+    epilog, formatter = f"keys:\n{describe(Config())}", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=formatter)
     parser.add_argument("--config", help="YAML file of keys")
     parser.add_argument("--status", action="store_true", help="print where the run is and change nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -14,7 +14,7 @@ LEAVES = {"errors", "seeds"}
 """Modules of a few lines that anyone may import."""
 MAY_IMPORT = {
     "kernels": {"kernels", "native_ops"},
-    "config": set(),
+    "config": {"config"},
     "rundir": set(),
     "native_ops": set(),
     "model": {"kernels"},
