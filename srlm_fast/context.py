@@ -79,6 +79,11 @@ class Context:
             raise UserError(f"dpo.loss={self.config.dpo.loss} does not compare pairs; use dpo")
         if dpo.needs_labels:
             raise UserError(f"dpo.loss={self.config.dpo.loss} needs labels, which a run does not make; use another")
+        if dpo.needs_heads and self.config.reference.source == "rollout":
+            raise UserError(
+                f"dpo.loss={self.config.dpo.loss} compares the heads of responses, whose log-probs the engine does not "
+                "keep; use reference.source=forward"
+            )
 
     def _check_generator(self) -> None:
         if self.config.prompts.generator in GENERATORS:

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "parallel": {"model"},
     "checkpoint": {"model", "rundir"},
     "convert": {"model", "checkpoint", "progress", "tokenizer"},
-    "reference": {"packing", "losses", "rundir"},
+    "reference": {"packing", "parallel", "losses", "rundir"},
     "trainer": {"config", "kernels", "losses", "packing", "parallel", "reference", "rundir"},
     "engine": {"engine", "model", "checkpoint", "native_ops", "kernels"},
     "rollout": {"chat", "config", "data", "engine", "judge"},

@@ -1,6 +1,7 @@
 """The driver through real processes: every phase, one rank and two, killed in every phase, bad input, status."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -213,15 +214,24 @@ def test_other_keys_are_refused_by_name(undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("loss", "responses_per_pair"), [("ld_dpo", 3), ("simpo + 0.5 * nll", 0)])
-def test_other_losses_get_the_reference_values_that_they_need(tmp_path, loss, responses_per_pair):
+@pytest.mark.parametrize(
+    ("loss", "source", "responses_per_pair"),
+    [("ld_dpo", "forward", 3), ("simpo + 0.5 * nll", "forward", 0), ("dpo", "rollout", 2)],
+)
+def test_losses_get_the_reference_values_that_they_need(tmp_path, loss, source, responses_per_pair):
     """ld_dpo wants one response of a pair cut to the other's length as well, a loss without a reference none."""
-    done = run(command(tmp_path / "run", f"dpo.loss={loss}", "iterations=1", "kernels=reference"))
+    overrides = (f"dpo.loss={loss}", f"reference.source={source}", "iterations=1", "kernels=reference")
+    done = run(command(tmp_path / "run", *overrides))
     assert done.returncode == 0, done.stderr[-2000:]
     pairs = (tmp_path / "run/m1/pairs.jsonl").read_text(encoding="utf-8").splitlines()
     cached = load_file(tmp_path / "run/m1/reference.safetensors")["logps"]
     assert 2 * len(pairs) * bool(responses_per_pair) <= len(cached) <= responses_per_pair * len(pairs)
     assert (tmp_path / "run/models/m2/model.safetensors").is_file()
+    counts = json.loads((tmp_path / "run/phases/m1/reference.json").read_text())["counts"]
+    if source == "rollout":
+        assert 0 < counts["compared"] <= len(pairs)
+        assert 0 < counts["mean_difference"] <= counts["largest_difference"] < 1e-3
+        assert counts["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 @pytest.mark.slow

@@ -60,6 +60,8 @@ def _check_together(config: Config) -> None:
                 f"{name}={lookup(config, name)} leaves no room for a prompt in model.max_seq_len="
                 f"{config.model.max_seq_len}; lower it"
             )
+    if config.reference.source == "file" and not config.reference.cache:
+        raise UserError("reference.source=file needs reference.cache, the folder that holds them")
     longest_pair = config.model.max_seq_len + config.candidates.max_new_tokens
     for name, budget, needed, what in (
         ("sft", config.sft.tokens_per_microbatch, config.model.max_seq_len, "example (model.max_seq_len)"),
@@ -90,10 +92,10 @@ def results_keys(config: Config) -> dict[str, Any]:
 
 
 def input_paths(config: Config) -> dict[str, list[Path]]:
-    """The files and folders that the configuration names, by key; empty ones are left out."""
+    """The files and folders that the configuration reads, by key; empty ones are left out."""
     named = {}
     for name, spec, value in walk(config):
-        if spec.metadata["path"] and value:
+        if spec.metadata["path"] and not spec.metadata["operational"] and value:
             named[name] = [Path(p) for p in (value if isinstance(value, tuple) else (value,))]
     if config.prompts.generator not in GENERATORS:
         named["prompts.generator"] = [Path(config.prompts.generator)]

@@ -180,6 +180,20 @@ class PairsConfig:
 
 
 @dataclass
+class ReferenceConfig:
+    source: str = key(
+        "forward",
+        "reference log-probs: forward, one pass of M_t; rollout, what the engine found when it sampled (no pass, but "
+        "its rounding; compared with a pass on a sample); file, all of them must be in reference.cache",
+        choices=("forward", "rollout", "file"),
+    )
+    cache: str | None = key(
+        None, "folder of a cache that several runs share; none: each run has its own", path=True, operational=True
+    )
+    sample: int = key(32, "pairs on which rollout is compared with a forward pass; 0: none", operational=True)
+
+
+@dataclass
 class EvaluateConfig:
     prompts: str | None = key(
         None, "file of held-out prompts that every model answers; none: no answers are written", path=True
@@ -218,6 +232,7 @@ class Config:
     candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

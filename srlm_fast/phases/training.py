@@ -16,12 +16,12 @@ from srlm_fast.context import Context
 from srlm_fast.data import read_rows
 from srlm_fast.errors import UserError
 from srlm_fast.model import Llama
-from srlm_fast.packing import Item, split_batch
+from srlm_fast.packing import Item
 from srlm_fast.parallel import shard
 from srlm_fast.phases import PhaseResult
 from srlm_fast.phases.data import sft_items
 from srlm_fast.progress import progress
-from srlm_fast.reference import ReferenceCache, compute, reference_items
+from srlm_fast.reference import ReferenceCache, fill, reference_items, response_keys
 from srlm_fast.seeds import derive_seed
 from srlm_fast.trainer import Trainer, training_objective
 
@@ -47,31 +47,86 @@ def dpo(run: Context, t: int) -> PhaseResult:
 
 
 def reference(run: Context, t: int) -> PhaseResult:
-    """Log-probs of M_t's pairs under M_t that the loss needs, dropout off; writes mT/reference.safetensors."""
+    """Log-probs of M_t's pairs under M_t that the loss needs, dropout off; writes mT/reference.safetensors.
+
+    Raises:
+        UserError: with reference.source=file, when the cache lacks some of them.
+    """
     run.sleep_engine()
-    items = reference_items(pair_items(run.run_dir / f"m{t}/pairs.jsonl"), training_objective(run.config.dpo))
+    options, pairs_file = run.config.reference, run.run_dir / f"m{t}/pairs.jsonl"
+    items = reference_items(pair_items(pairs_file), training_objective(run.config.dpo))
     weights_id = run.main(lambda: checkpoint.weights_id(run.weights(f"m{t}")))
-    values = _reference_values(run, t, items, weights_id) if items else []
-    cache = ReferenceCache(weights_id)
-    for part in run.world.gather(values):
-        cache.update(part)
+    parts = run.run_dir / f"m{t}/reference"
+    folder = Path(options.cache) if options.cache else parts
+    counts = {"responses": sum(len(item.responses) for item in items), "weights_id": weights_id[:16]}
+    if options.source == "file":
+        cache = ReferenceCache.read_parts(folder, weights_id).restricted(items)
+    elif options.source == "rollout":
+        cache = rollout_logps(pairs_file, weights_id).restricted(items)
+        counts.update(_rollout_difference(run, t, items, cache, parts))
+    else:
+        cache = _forward(run, t, items, weights_id, folder)
     path = run.run_dir / f"m{t}/reference.safetensors"
     run.main(lambda: cache.save(path))
-    return [path], {"responses": len(cache), "weights_id": weights_id[:16]}
+    run.main(lambda: shutil.rmtree(parts, ignore_errors=True))
+    return [path], counts
 
 
-def _reference_values(run: Context, t: int, items: list[Item], weights_id: str) -> list[tuple[bytes, float]]:
-    """This rank's share of the log-probabilities, with the keys they are cached under."""
-    model = _load(run, run.weights(f"m{t}"), dropout=0.0)
-    plan = split_batch([item.n_tokens for item in items], run.config.dpo.tokens_per_microbatch, run.world.size)
-    mine = [per_rank[run.world.rank] for per_rank in plan]
-    with progress(f"m{t}/reference", sum(map(len, mine)), unit="pairs", enabled=run.world.is_main) as advance:
+def _forward(run: Context, t: int, items: list[Item], weights_id: str, folder: Path) -> ReferenceCache:
+    """The log-probabilities by a forward pass of M_t, or from the cache folder."""
+    with progress(f"m{t}/reference", len(items) // run.world.size, unit="pairs", enabled=run.world.is_main) as advance:
 
         def on_done(n: int) -> None:
             run.check_stop()
             advance(n)
 
-        return compute(model, items, weights_id, mine, device=run.world.device, progress=on_done)
+        return fill(
+            folder,
+            weights_id,
+            items,
+            lambda: _load(run, run.weights(f"m{t}"), dropout=0.0),
+            tokens_per_microbatch=run.config.dpo.tokens_per_microbatch,
+            world=run.world,
+            progress=on_done,
+        )
+
+
+def rollout_logps(path: Path, weights_id: str) -> ReferenceCache:
+    """What the engine found while it wrote the answers of a pairs file.
+
+    Raises:
+        UserError: when the answers are by other weights.
+    """
+    cache = ReferenceCache(weights_id)
+    for where, row in read_rows(path):
+        if row["weights_id"] != weights_id:
+            raise UserError(
+                f"{where}: an answer by weights {row['weights_id'][:16]}, not {weights_id[:16]}; "
+                "use reference.source=forward"
+            )
+        by_index = {candidate["index"]: candidate for candidate in row["candidates"]}
+        sides = [by_index[row[f"{side}_index"]] for side in ("chosen", "rejected")]
+        item = Item(tuple(row["prompt_ids"]), tuple(tuple(side["token_ids"]) for side in sides))
+        cache.update(zip(response_keys(weights_id, item), (side["logprob"] for side in sides), strict=True))
+    return cache
+
+
+def _rollout_difference(
+    run: Context, t: int, items: list[Item], cache: ReferenceCache, folder: Path
+) -> dict[str, float]:
+    """How far the engine's log-probabilities are from those of a forward pass, on a sample of the pairs."""
+    wanted = min(run.config.reference.sample, len(items))
+    sample = [items[i * len(items) // wanted] for i in range(wanted)]
+    if not sample:
+        return {}
+    difference = cache.lookup(sample) - _forward(run, t, sample, cache.weights_id, folder).lookup(sample)
+    margins = difference.view(-1, 2).diff(dim=1)
+    return {
+        "compared": len(sample),
+        "mean_difference": float(difference.abs().mean()),
+        "largest_difference": float(difference.abs().max()),
+        "first_loss": float(-nn.functional.logsigmoid(run.config.dpo.beta * margins).mean()),
+    }
 
 
 def pair_items(path: Path) -> list[Item]:
