@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "checkpoint": {"model", "rundir"},
     "convert": {"model", "checkpoint", "progress", "tokenizer"},
     "reference": {"packing", "parallel", "losses", "rundir"},
-    "trainer": {"config", "kernels", "losses", "packing", "parallel", "reference", "rundir"},
+    "trainer": {"config", "kernels", "losses", "packing", "parallel", "reference", "rundir", "trainer"},
     "engine": {"engine", "model", "checkpoint", "native_ops", "kernels"},
     "rollout": {"chat", "config", "data", "engine", "judge"},
     "world": set(),

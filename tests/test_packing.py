@@ -1,5 +1,6 @@
 """Packed, prefix-shared batches against each sequence alone, and the division of a step into micro-batches."""
 
+import math
 import random
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from srlm_fast.errors import UserError
 from srlm_fast.kernels.attention import Segments, varlen_attention
 from srlm_fast.model import Llama, LlamaConfig
-from srlm_fast.packing import Item, epoch_order, pack, split_batch
+from srlm_fast.packing import Cost, Item, _level, epoch_order, pack, split_batch
 from srlm_fast.reference import sequence_logps
 
 CONFIG = LlamaConfig(
@@ -94,6 +95,43 @@ def test_split_covers_every_item_once_within_budget(world_size, n):
         assert all(indices for per_rank in plan for indices in per_rank), (
             "a rank idles although there are items for all"
         )
+
+
+def test_ranks_get_the_same_work():
+    """Log-normal pairs, long attention: how long ranks wait for the slowest, with FLOPs and with tokens as cost."""
+    rng = random.Random(0)
+
+    def ids(median: float) -> tuple[int, ...]:
+        return (0,) * max(1, min(4096, int(rng.lognormvariate(math.log(median), 0.9))))
+
+    items = [Item(ids(300), (ids(300), ids(300))) for _ in range(64)]
+    sizes, cost = [item.n_tokens for item in items], Cost(per_token=1.0, per_attended=0.002)
+    costs = [cost.of(item) for item in items]
+
+    def idle(plan: list[list[list[int]]]) -> float:
+        slowest = sum(max(sum(costs[i] for i in indices) for indices in per_rank) for per_rank in plan)
+        return slowest * len(plan[0]) / sum(costs) - 1
+
+    for world_size in (2, 8):
+        by_cost, by_tokens = split_batch(sizes, 13000, world_size, costs), split_batch(sizes, 13000, world_size)
+        assert len(by_cost) == len(by_tokens)
+        assert all(sum(sizes[i] for i in indices) <= 13000 for per_rank in by_cost for indices in per_rank)
+        assert idle(by_cost) < 0.03 and idle(by_cost) < idle(by_tokens)
+
+
+def test_cost_of_an_item_by_hand():
+    item = Item((1, 2, 3), ((4, 5), (6, 7, 8)))
+    assert Cost(per_token=1.0).of(item) == 6
+    assert Cost(per_token=0.0, per_attended=1.0).of(item) == (1 + 2 + 3) + 4 + (4 + 5)
+    assert Cost(per_token=0.0, per_target=1.0).of(item) == 5
+
+
+def test_a_tight_budget_is_kept_where_an_even_division_exceeds_it():
+    sizes = [2, 5, 2, 1, 4, 3, 7, 4, 3]
+    assert _level(sizes, sizes, 8, 4) is None
+    plan = split_batch(sizes, 8, 2)
+    assert all(sum(sizes[i] for i in indices) <= 8 for per_rank in plan for indices in per_rank)
+    assert sorted(i for per_rank in plan for indices in per_rank for i in indices) == list(range(9))
 
 
 def test_item_above_the_budget_is_refused_before_work():

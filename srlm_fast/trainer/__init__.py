@@ -1,0 +1,32 @@
+"""The trainer: SFT and preference losses over packed items, on one process or sharded over many.
+
+    trainer = Trainer(model, items, DpoConfig(), reference=cache)
+    trainer.fit()
+
+Nothing here knows of iterations, judges or engines; any list of `Item` can be trained on.
+
+| module | what is there |
+| --- | --- |
+| `fit` | `Trainer`: the loop over steps |
+| `examples` | items with what a loss reads beside them; their division among ranks |
+| `batch` | forward and backward over a batch, and its metrics |
+| `evaluation` | held-out items during training, early stopping |
+| `optimization` | the objective of a configuration, learning rates, AdamW |
+| `checkpoints` | training checkpoints |
+| `machine` | FLOPs, their share of the peak, memory |
+"""
+
+from srlm_fast.trainer.evaluation import AgainstPrevious, Evaluation, below, worse_than_before
+from srlm_fast.trainer.fit import Trainer
+from srlm_fast.trainer.optimization import learning_rate, make_optimizer, training_objective
+
+__all__ = [
+    "AgainstPrevious",
+    "Evaluation",
+    "Trainer",
+    "below",
+    "learning_rate",
+    "make_optimizer",
+    "training_objective",
+    "worse_than_before",
+]

@@ -1,0 +1,60 @@
+"""The objective of a configuration, its learning rates and its optimizer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from srlm_fast.config import TrainConfig
+from srlm_fast.errors import UserError
+from srlm_fast.kernels import library
+from srlm_fast.kernels.optimizer import AdamW
+from srlm_fast.losses import Objective, get_objective
+
+
+def training_objective(config: TrainConfig) -> Objective:
+    """The loss of a configuration with its options.
+
+    Raises:
+        UserError: for a loss, an option or a value that is not known, or that the trainer has no data for.
+    """
+    objective = get_objective(
+        config.loss, beta=config.beta, label_smoothing=config.label_smoothing, options=config.loss_options
+    )
+    if any(term.options.get("sampled_alignment") for term in objective.terms):
+        raise UserError("loss_options: sampled_alignment needs sum_v p(v)^2, which the output head does not give")
+    return objective
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Rate of optimizer step `step` (0-based): linear warm-up to lr, then decay to min_lr at the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
+    if config.schedule == "constant":
+        return config.lr
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.min_lr + (config.lr - config.min_lr) * remaining
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices and none on norms; torch's fused one where kernels are not in use.
+
+    `seed` is of the rounding of bf16 moments; it differs between ranks.
+
+    Raises:
+        UserError: for bf16 moments without kernels.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    options = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
+    if library.fused():
+        return AdamW(groups, **options, moments=config.moments, seed=seed)
+    if config.moments != "fp32":
+        raise UserError(f"moments={config.moments} needs kernels=fused; torch's AdamW does not have them")
+    return torch.optim.AdamW(groups, **options, fused=True)
