@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from srlm_fast.model import LlamaConfig
 from srlm_fast.parallel import World
 from srlm_fast.progress import progress
 from srlm_fast.rollout import Judge
-from srlm_fast.rundir import RunDir, write_jsonl
+from srlm_fast.rundir import RunDir
+from srlm_fast.shards import Shard
 from srlm_fast.tokenizer import check_vocab, load_tokenizer
 from srlm_fast.trainer import training_objective
 
@@ -166,20 +167,17 @@ class Context:
             self._engine_weights = None
 
     def shards(
-        self,
-        name: str,
-        rows: Sequence[Any],
-        work: Callable[[Sequence[Any], Callable[[int], None]], list[dict[str, Any]]],
+        self, name: str, rows: Sequence[Any], work: Callable[[Sequence[Any]], Iterable[dict[str, Any]]]
     ) -> list[Path]:
         """Turn rows into files shard by shard; ranks claim the shards that have no file yet.
 
-        A shard is worked on alone, so its content depends neither on the rank nor on the shards before it.
+        A shard is worked on alone, so its content depends neither on the rank nor on the shards before it. Its finished
+        rows are kept as they come (`srlm_fast.shards`), so that a restart makes the others only.
 
         Args:
             name: the phase; its files are NAME/shard-NNNNN.jsonl in the run folder.
-            rows: what to work on.
-            work: work(rows of a shard, on_done) -> rows to write; calls on_done(1) as each row is finished,
-                and on_done(0) in between as it likes, to notice a stop soon.
+            rows: what to work on, each with an id.
+            work: work(rows) -> one row for each of them with its id ("prompt_id" or "id"), in any order, as finished.
 
         Returns:
             All files, in order, when all ranks are done.
@@ -189,15 +187,25 @@ class Context:
         todo = self.main(lambda: [i for i, file in enumerate(files) if not file.exists()])
         total = sum(len(rows[i * size : (i + 1) * size]) for i in todo) // self.world.size  # this rank's share, about
         with progress(name, total, unit="rows", enabled=self.world.is_main) as advance:
-
-            def on_done(n: int) -> None:
-                self.check_stop()
-                advance(n)
-
             for claimed in self.world.claims():
                 if claimed >= len(todo):
                     break
                 i = todo[claimed]
-                write_jsonl(files[i], work(rows[i * size : (i + 1) * size], on_done))
+                part = rows[i * size : (i + 1) * size]
+                shard = Shard(files[i], [_row_id(row) for row in part], _row_id)
+                missing = shard.missing
+                advance(len(part) - len(missing))
+                for row in work([part[k] for k in missing]) if missing else ():
+                    shard.add(row)
+                    self.check_stop()
+                    advance(1)
+                shard.seal()
         self.world.barrier()
         return files
+
+
+def _row_id(row: Any) -> str:
+    """Id of a row to work on, or of one made of it."""
+    if not isinstance(row, dict):
+        return row.id
+    return row["prompt_id"] if "prompt_id" in row else row["id"]

@@ -56,6 +56,11 @@ class Judgement:
     score: float | None  # parse_score(text); None when it holds no readable score
     seed: int = 0  # seed of the request it was sampled with
     finish_reason: str = "stop"  # "stop" or "length"
+    expected: float | None = None  # mean of the digit where the score stands, under its probabilities; None: not known
+
+
+DECIDES = {"cot": "score", "expected": "expected"}
+"""judge.mode -> the field of a judgement that scores the response."""
 
 
 def load_template(path: str | Path | None = None) -> str:
@@ -91,16 +96,34 @@ def parse_score(text: str, *, decimals: bool = True, max_score: float = 5.0, whi
     ("8/10"), ranges ("3-4") and other things that only begin like a number. With `decimals` False "4.5" is refused.
     Of several scores the "last" or the "first" one counts (`which`), and if that one is refused so is the text.
     """
+    found = find_score(text, decimals=decimals, max_score=max_score, which=which)
+    return None if found is None else found[0]
+
+
+def find_score(
+    text: str, *, decimals: bool = True, max_score: float = 5.0, which: str = "last"
+) -> tuple[float, int] | None:
+    """`parse_score` and the place of the score's first digit in the text."""
     if which not in ("last", "first"):
         raise UserError(f'judge.which is "{which}"; it must be "last" or "first"')
-    mentions = _MENTION.findall(text)
-    value = _VALUE.fullmatch(mentions[-1 if which == "last" else 0]) if mentions else None
+    mentions = list(_MENTION.finditer(text))
+    if not mentions:
+        return None
+    mention = mentions[-1 if which == "last" else 0]
+    value = _VALUE.fullmatch(mention[1])
     if value is None or (value[2] and float(value[2]) != max_score):
         return None
     score = float(value[1])
     if score > max_score or (not decimals and not score.is_integer()):
         return None
-    return score
+    return score, mention.start(1)
+
+
+def expected_digit(logprobs: Iterable[float]) -> float | None:
+    """Mean of the digits 0, 1, ... under their probabilities, renormalised; None when these are all 0."""
+    weights = [math.exp(logprob) for logprob in logprobs]
+    total = math.fsum(weights)
+    return math.fsum(k * w for k, w in enumerate(weights)) / total if total > 0 else None
 
 
 def aggregate(scores: Iterable[float | None], *, min_valid: int = 1) -> float | None:

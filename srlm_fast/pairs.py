@@ -10,7 +10,7 @@ from typing import Any
 
 from srlm_fast.errors import UserError
 
-FORMAT = 1  # of the rows below; raised when a field changes its meaning
+FORMAT = 2  # of the rows below; raised when a field changes its meaning
 COUNTS = {
     "prompts": "prompts read",
     "candidates": "candidates read",

@@ -1,21 +1,22 @@
 """Answers and judgements through one engine with the same weights.
 
 A prompt's judgements are submitted as soon as its answers are there, so both kinds share the running batch. Seeds
-derive from (seed, prompt id, answer), never from the order in which things finish.
+derive from (seed, prompt id, answer), never from the order in which things finish, so judging only when all answers are
+there (`candidates.schedule`) gives the same records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 from srlm_fast.chat import ChatFormat
 from srlm_fast.config import CandidatesConfig, JudgeConfig
 from srlm_fast.data import as_messages
 from srlm_fast.engine.base import Completion, Engine, Request
 from srlm_fast.errors import UserError
-from srlm_fast.judge import Judgement, aggregate, judge_prompt, load_template, parse_score
+from srlm_fast.judge import DECIDES, Judgement, aggregate, expected_digit, find_score, judge_prompt, load_template
 from srlm_fast.seeds import derive_seed
 
 
@@ -28,8 +29,31 @@ class Reply:
     text: str
 
 
+Judged = tuple[Any, list[Judgement]]
+"""The key that a reply was submitted with, and all its judgements."""
+
+
+class Judging(Protocol):
+    """Judgements on their way."""
+
+    def submit(self, reply: Reply, seed: int, key: Any) -> bool:
+        """Asks for the judgements of a reply; False when it is too long."""
+
+    def take(self, completion: Completion) -> Iterable[Judged]:
+        """Takes a completion of the engine that is no answer; yields what that finishes."""
+
+    def ready(self) -> Iterable[Judged]:
+        """What was finished elsewhere than in the engine."""
+
+    def more(self) -> bool:
+        """Called when the engine has nothing to do: whether there is more to wait for, in it or in `ready`."""
+
+
 class Judge:
     """Builds judge requests for replies and reads judgements out of their completions.
+
+    The log-probabilities of the score digits are asked for along with a judgement, so that `Judgement.expected` costs
+    no second pass. It stays unknown where a tokenizer has no digits of one token each, or the text ends in no score.
 
     Raises:
         UserError: for a template without its places, or (mode "expected") a tokenizer whose score digits are not one
@@ -40,9 +64,19 @@ class Judge:
         self.chat, self.config, self.max_seq_len = chat, config, max_seq_len
         self.n = n or config.n
         self.template = load_template(config.template)
+        self._digits = self._known_digits()
+        self._digit_ids = tuple(dict.fromkeys(i for digits in self._digits for i in digits))
         self._reserved = 0
         if config.mode == "expected":
             self._reserved = len(self._score_tokens("")[0]) + 1
+
+    def judging(self, engine: Engine, schedule: str = "streamed") -> Judging:
+        """Judgements by the weights of an engine; "sequential" holds the requests back until it has no other work."""
+        return _EngineJudging(self, engine, held=schedule == "sequential")
+
+    def score(self, judgements: Iterable[Judgement]) -> float | None:
+        """The mean of what judge.mode says decides; None with fewer than judge.min_valid of it."""
+        return aggregate((getattr(j, DECIDES[self.config.mode]) for j in judgements), min_valid=self.config.min_valid)
 
     def prompt(self, reply: Reply) -> str:
         """The judge prompt of a reply, as text."""
@@ -61,19 +95,33 @@ class Judge:
             max_new_tokens=self.config.max_new_tokens,
             seed=seed,
             stop_ids=self.chat.stop_ids,
+            logprob_token_ids=self._digit_ids,
             metadata=metadata,
         )
 
     def read(self, completion: Completion) -> Judgement:
         """The judgement of a completion, scored by the number it ends in."""
         text = self.chat.decode(completion.token_ids)
-        score = parse_score(
+        found = find_score(
             text, decimals=self.config.decimals, max_score=self.config.max_score, which=self.config.which
         )
-        return Judgement(text, score, completion.request.seed, completion.finish_reason)
+        score, expected = (None, None) if found is None else (found[0], self._expected(completion, found[1]))
+        return Judgement(text, score, completion.request.seed, completion.finish_reason, expected)
+
+    def _expected(self, completion: Completion, place: int) -> float | None:
+        """Mean of the digit at `place` of the text, from the log-probabilities of the step that wrote it."""
+        for step, token in enumerate(completion.token_ids):
+            variant = next((digits for digits in self._digits if token in digits), None)
+            if variant is None or not step < len(completion.extra_logprobs):
+                continue
+            before, after = (len(self.chat.decode(completion.token_ids[:end])) for end in (step, step + 1))
+            if before <= place < after:
+                logprobs = dict(zip(completion.request.logprob_token_ids, completion.extra_logprobs[step]))
+                return expected_digit(logprobs[i] for i in variant)
+        return None
 
     def expected_request(self, completion: Completion, metadata: Any) -> Request:
-        """One more token after "Score:", for the distribution over the score digits (mode "expected").
+        """One more token after "Score:", for the distribution over the score digits where a text holds no score.
 
         A justification that is longer when encoded again than it was when sampled, and then too long, is left out.
         """
@@ -84,17 +132,9 @@ class Judge:
         ids = [*completion.request.prompt_ids, *prefix]
         return Request(prompt_ids=ids, max_new_tokens=1, temperature=0.0, logprob_token_ids=digits, metadata=metadata)
 
-    @staticmethod
-    def expected_score(completion: Completion) -> float:
-        """Mean of the digits 0, 1, ... under their probabilities, renormalised."""
-        from math import exp, fsum
-
-        weights = [exp(logprob) for logprob in completion.extra_logprobs[0]]
-        return fsum(k * w for k, w in enumerate(weights)) / fsum(weights)
-
-    def _score_tokens(self, text: str) -> tuple[list[int], tuple[int, ...]]:
-        """Ids of `text` up to the score digit, and the ids that the digits 0..max_score have there."""
-        coded = [self.chat.encode_text(f"{text}Score: {digit}") for digit in range(int(self.config.max_score) + 1)]
+    def _score_tokens(self, text: str, mark: str = "Score: ") -> tuple[list[int], tuple[int, ...]]:
+        """Ids of `text` and "Score:" up to the score digit, and the ids that the digits 0..max_score have there."""
+        coded = [self.chat.encode_text(f"{text}{mark}{digit}") for digit in range(int(self.config.max_score) + 1)]
         prefix, digits = coded[0][:-1], tuple(ids[-1] for ids in coded)
         if any(ids[:-1] != prefix for ids in coded) or len(set(digits)) != len(digits):
             raise UserError(
@@ -102,27 +142,92 @@ class Judge:
             )
         return prefix, digits
 
+    def _known_digits(self) -> list[tuple[int, ...]]:
+        """The ids that the digits 0..max_score have behind a space, and without one where these are others."""
+        found = {}
+        for mark in ("Score: ", "Score:"):
+            try:
+                found[self._score_tokens("", mark)[1]] = None
+            except UserError:
+                continue
+        return list(found)
 
-def judge_replies(
-    engine: Engine,
-    judge: Judge,
-    replies: Sequence[Reply],
-    seed: int,
-    on_done: Callable[[int], None] = lambda n: None,
-) -> dict[str, list[Judgement]]:
-    """n judgements of every reply, by reply id; a reply too long to be judged gets none."""
-    collector = _Judgements(judge, engine)
+
+class _EngineJudging:
+    """Collects the n judgements of each reply; in mode "expected" one that tells no score is asked for it again."""
+
+    def __init__(self, judge: Judge, engine: Engine, held: bool) -> None:
+        self.judge, self.engine = judge, engine
+        self._held: list[Request] | None = [] if held else None
+        self._done: dict[Any, dict[int, Judgement]] = {}
+
+    def submit(self, reply: Reply, seed: int, key: Any) -> bool:
+        request = self.judge.request(reply, seed, ("judge", key))
+        if request is None:
+            return False
+        self._done[key] = {}
+        if self._held is None:
+            self.engine.submit([request])
+        else:
+            self._held.append(request)
+        return True
+
+    def take(self, completion: Completion) -> Iterable[Judged]:
+        kind, key, *rest = completion.request.metadata
+        done = self._done[key]
+        if kind == "judge":
+            judgement = self.judge.read(completion)
+            if self.judge.config.mode == "expected" and judgement.expected is None:
+                metadata = ("score", key, completion.index, judgement)
+                self.engine.submit([self.judge.expected_request(completion, metadata)])
+                return
+            done[completion.index] = judgement
+        else:
+            index, judgement = rest
+            done[index] = replace(judgement, expected=expected_digit(completion.extra_logprobs[0]))
+        if len(done) == self.judge.n:
+            del self._done[key]
+            yield key, [done[i] for i in range(self.judge.n)]
+
+    def ready(self) -> Iterable[Judged]:
+        return ()
+
+    def more(self) -> bool:
+        if not self._held:
+            return False
+        self.engine.submit(self._held)
+        self._held = None
+        return True
+
+
+def _results(engine: Engine, judging: Judging | None) -> Iterator[Completion | Judged]:
+    """Completions of answers, and judgements, as they finish."""
+    while True:
+        for completion in engine.stream():
+            if completion.request.metadata[0] == "answer":
+                yield completion
+            else:
+                yield from judging.take(completion)
+            if judging is not None:
+                yield from judging.ready()
+        if judging is None or not judging.more():
+            return
+        yield from judging.ready()
+
+
+def judge_each(engine: Engine, judge: Judge, replies: Sequence[Reply], seed: int) -> Iterator[Judged]:
+    """(reply id, its n judgements) as they finish; a reply too long to be judged has none.
+
+    Replies to the same instruction belong next to each other: an engine then computes what their prompts share once.
+    """
+    judging = judge.judging(engine)
     for reply in replies:
-        collector.submit(reply, derive_seed(seed, "judge", reply.id), reply.id)
-    results: dict[str, list[Judgement]] = {reply.id: [] for reply in replies}
-    for completion in engine.stream():
-        for reply_id, judgements in collector.take(completion):
-            results[reply_id] = judgements
-            on_done(1)
-    return results
+        if not judging.submit(reply, derive_seed(seed, "judge", reply.id), reply.id):
+            yield reply.id, []
+    yield from _results(engine, judging)
 
 
-def answer(
+def answer_each(
     engine: Engine,
     chat: ChatFormat,
     config: CandidatesConfig,
@@ -132,72 +237,88 @@ def answer(
     *,
     judge: Judge | None = None,
     n: int | None = None,
-    on_done: Callable[[int], None] = lambda n: None,
+    on_step: Callable[[], None] = lambda: None,
+) -> Iterator[dict[str, Any]]:
+    """n answers to every prompt and, with a judge, their judgements and mean scores; see `answer`.
+
+    Args:
+        on_step: called between results, often enough to notice a stop soon.
+
+    Yields:
+        One record per prompt, as it is finished.
+    """
+    n = n or config.n
+    records = {row["id"]: {"prompt_id": row["id"], "prompt": row["prompt"], "candidates": []} for row in prompts}
+    judging = judge.judging(engine, config.schedule) if judge else None
+    waiting = dict.fromkeys(records, n)  # answers, then judged answers, that a prompt still lacks
+    for key, record in records.items():
+        ids = chat.encode_prompt(as_messages(record["prompt"]))
+        record["prompt_ids"] = ids
+        if len(ids) + config.max_new_tokens > max_seq_len:
+            yield record
+            continue
+        request = Request(
+            prompt_ids=ids,
+            n=n,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            seed=derive_seed(seed, "answer", key),
+            stop_ids=chat.stop_ids,
+            metadata=("answer", key),
+        )
+        engine.submit([request])
+    for result in _results(engine, judging):
+        on_step()
+        if isinstance(result, Completion):
+            key = result.request.metadata[1]
+            records[key]["candidates"].append(_candidate(chat, result))
+        else:
+            (key, index), judgements = result
+            records[key]["candidates"][index].update(
+                judgements=[asdict(j) for j in judgements], score=judge.score(judgements)
+            )
+        waiting[key] -= 1
+        if not waiting[key] and isinstance(result, Completion):
+            records[key]["candidates"].sort(key=lambda candidate: candidate["index"])
+            if judging is not None:
+                waiting[key] = sum(_ask(judging, records[key], c, seed) for c in records[key]["candidates"])
+        if not waiting[key]:
+            yield records[key]
+
+
+def _ask(judging: Judging, record: dict[str, Any], candidate: dict[str, Any], seed: int) -> bool:
+    """Asks for the judgements of a candidate; False, and no score, when it is too long."""
+    key, index = record["prompt_id"], candidate["index"]
+    reply = Reply(f"{key}/{index}", record["prompt"], candidate["text"])
+    asked = judging.submit(reply, derive_seed(seed, "judge", reply.id), (key, index))
+    if not asked:
+        candidate.update(judgements=[], score=None)
+    return asked
+
+
+def answer(
+    engine: Engine,
+    chat: ChatFormat,
+    config: CandidatesConfig,
+    prompts: Sequence[dict[str, str]],
+    seed: int,
+    max_seq_len: int,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """n answers to every prompt and, with a judge, their judgements and mean scores.
+    """The records of `answer_each`, in the order of the prompts.
 
     Args:
         prompts: rows with "id" and "prompt".
 
     Returns:
-        One record per prompt, in order: the prompt with its token ids, and "candidates", each with text, token ids,
-        summed raw log-prob, finish reason, seed and, if judged, "judgements" and "score" (None: nothing parsable).
-        A prompt too long for an answer has no candidates.
+        Per prompt its text and token ids, and "candidates", each with text, token ids, summed raw log-prob, finish
+        reason, seed and, if judged, "judgements" and "score" (None: nothing parsable). A prompt too long for an answer
+        has no candidates.
     """
-    n = n or config.n
-    records = {row["id"]: {"prompt_id": row["id"], "prompt": row["prompt"], "candidates": []} for row in prompts}
-    collector = _Judgements(judge, engine) if judge else None
-    waiting: dict[str, int] = {}
-    for record in records.values():
-        ids = chat.encode_prompt(as_messages(record["prompt"]))
-        record["prompt_ids"] = ids
-        if len(ids) + config.max_new_tokens > max_seq_len:
-            on_done(1)
-            continue
-        waiting[record["prompt_id"]] = n
-        engine.submit(
-            [
-                Request(
-                    prompt_ids=ids,
-                    n=n,
-                    temperature=config.temperature,
-                    top_p=config.top_p,
-                    max_new_tokens=config.max_new_tokens,
-                    seed=derive_seed(seed, "answer", record["prompt_id"]),
-                    stop_ids=chat.stop_ids,
-                    metadata=("answer", record["prompt_id"]),
-                )
-            ]
-        )
-    for completion in engine.stream():
-        kind, key = completion.request.metadata[:2]
-        if kind != "answer":
-            for (prompt_id, index), judgements in collector.take(completion):
-                candidate = records[prompt_id]["candidates"][index]
-                candidate["judgements"] = [asdict(j) for j in judgements]
-                candidate["score"] = aggregate((j.score for j in judgements), min_valid=judge.config.min_valid)
-                waiting[prompt_id] -= 1
-                if not waiting[prompt_id]:
-                    on_done(1)
-            continue
-        record = records[key]
-        record["candidates"].append(_candidate(chat, completion))
-        waiting[key] -= 1
-        if waiting[key]:
-            continue
-        record["candidates"].sort(key=lambda candidate: candidate["index"])
-        if collector is None:
-            on_done(1)
-            continue
-        waiting[key] = n
-        for candidate in record["candidates"]:
-            reply = Reply(f"{key}/{candidate['index']}", record["prompt"], candidate["text"])
-            if not collector.submit(reply, derive_seed(seed, "judge", reply.id), (key, candidate["index"])):
-                candidate.update(judgements=[], score=None)
-                waiting[key] -= 1
-        if not waiting[key]:
-            on_done(1)
-    return list(records.values())
+    finished = answer_each(engine, chat, config, prompts, seed, max_seq_len, **options)
+    records = {record["prompt_id"]: record for record in finished}
+    return [records[row["id"]] for row in prompts]
 
 
 def _candidate(chat: ChatFormat, completion: Completion) -> dict[str, Any]:
@@ -209,38 +330,3 @@ def _candidate(chat: ChatFormat, completion: Completion) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "seed": completion.request.seed,
     }
-
-
-class _Judgements:
-    """Collects the n judgements of each reply, with the second pass of mode "expected" where that is on."""
-
-    def __init__(self, judge: Judge, engine: Engine) -> None:
-        self.judge, self.engine = judge, engine
-        self._done: dict[Any, dict[int, Judgement]] = {}
-
-    def submit(self, reply: Reply, seed: int, key: Any) -> bool:
-        """Ask for the judgements of a reply; False when it is too long."""
-        request = self.judge.request(reply, seed, ("judge", key))
-        if request is None:
-            return False
-        self._done[key] = {}
-        self.engine.submit([request])
-        return True
-
-    def take(self, completion: Completion) -> Iterable[tuple[Any, list[Judgement]]]:
-        """Add a completion; yields (key, judgements) when it was the last of its reply."""
-        kind, key, *rest = completion.request.metadata
-        done = self._done[key]
-        if kind == "judge":
-            judgement = self.judge.read(completion)
-            if self.judge.config.mode == "expected":
-                metadata = ("score", key, completion.index, judgement)
-                self.engine.submit([self.judge.expected_request(completion, metadata)])
-                return
-            done[completion.index] = judgement
-        else:
-            index, judgement = rest
-            expected = self.judge.expected_score(completion)
-            done[index] = Judgement(judgement.text, expected, judgement.seed, judgement.finish_reason)
-        if len(done) == self.judge.n:
-            yield key, [done[i] for i in range(self.judge.n)]

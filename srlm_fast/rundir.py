@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from srlm_fast.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _DIGEST_LIMIT = 64 << 20
 """Files above this size (weights) are checked by size only when a run is resumed."""
 

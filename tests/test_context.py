@@ -8,7 +8,7 @@ import pytest
 
 from srlm_fast.config import input_paths, load_config
 from srlm_fast.context import Context
-from srlm_fast.errors import UserError
+from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.kernels import library
 from srlm_fast.parallel import World
 
@@ -84,14 +84,33 @@ def test_shards_are_resumed_and_empty_input_has_none(tmp_path):
     run = context(tmp_path, "candidates.shard_size=2")
     worked = []
 
-    def work(rows, on_done):
-        worked.append(rows)
-        return [{"row": row} for row in rows]
+    def work(rows):
+        worked.append([row["id"] for row in rows])
+        return ({"prompt_id": row["id"], "twice": 2 * row["id"]} for row in reversed(rows))
 
-    files = run.shards("x", [1, 2, 3, 4, 5], work)
+    rows = [{"id": name} for name in "abcde"]
+    files = run.shards("x", rows, work)
     assert [file.name for file in files] == ["shard-00000.jsonl", "shard-00001.jsonl", "shard-00002.jsonl"]
-    assert worked == [[1, 2], [3, 4], [5]]
+    assert worked == [["a", "b"], ["c", "d"], ["e"]]
     files[1].unlink()
-    assert run.shards("x", [1, 2, 3, 4, 5], work) == files and worked[3:] == [[3, 4]]
-    assert run.rows("x/shard-00001.jsonl") == [{"row": 3}, {"row": 4}]
+    assert run.shards("x", rows, work) == files and worked[3:] == [["c", "d"]]
+    assert run.rows("x/shard-00001.jsonl") == [{"prompt_id": "c", "twice": "cc"}, {"prompt_id": "d", "twice": "dd"}]
     assert run.shards("y", [], work) == []
+
+
+def test_finished_rows_of_a_stopped_shard_are_kept(tmp_path):
+    run = context(tmp_path, "candidates.shard_size=4")
+    worked = []
+
+    def work(rows):
+        for row in rows[::-1]:
+            worked.append(row["id"])
+            run.stopping = len(worked) == 2
+            yield row
+
+    rows = [{"id": name} for name in "abcd"]
+    with pytest.raises(Interrupted):
+        run.shards("x", rows, work)
+    [file] = run.shards("x", rows, work)
+    assert worked == ["d", "c", "b", "a"]
+    assert run.rows("x/shard-00000.jsonl") == rows and list(file.parent.iterdir()) == [file]

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "trainer": {"config", "kernels", "losses", "packing", "parallel", "reference", "rundir", "trainer"},
     "engine": {"engine", "model", "checkpoint", "native_ops", "kernels"},
     "rollout": {"chat", "config", "data", "engine", "judge"},
+    "shards": {"rundir"},
     "world": set(),
     "world_corpus": {"world"},
     "progress": set(),

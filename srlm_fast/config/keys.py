@@ -148,7 +148,14 @@ class CandidatesConfig:
     temperature: float = key(0.7, "sampling temperature")
     top_p: float = key(0.9, "nucleus of the sampling", above=0, most=1)
     max_new_tokens: int = key(1024, "most tokens of an answer (choice)", least=1)
-    shard_size: int = key(256, "prompts per shard: the unit of resuming and of dividing work among ranks", least=1)
+    shard_size: int = key(256, "prompts per shard: the unit of dividing work among ranks", least=1)
+    schedule: str = key(
+        "streamed",
+        "when answers are judged: streamed, each prompt's as soon as they are there; sequential, when all of the shard "
+        "are",
+        choices=("streamed", "sequential"),
+        operational=True,
+    )
 
 
 @dataclass

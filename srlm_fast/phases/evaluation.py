@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ from srlm_fast import world
 from srlm_fast.context import Context
 from srlm_fast.errors import UserError
 from srlm_fast.evaluate import Ranked, judge_metrics, ranks
-from srlm_fast.judge import aggregate
+from srlm_fast.judge import DECIDES, aggregate
 from srlm_fast.phases import PhaseResult, mean
 from srlm_fast.phases.generation import judge_ranked, shard_rows
-from srlm_fast.rollout import answer
+from srlm_fast.rollout import answer_each
 from srlm_fast.rundir import write_json
 from srlm_fast.seeds import derive_seed
 
@@ -44,9 +44,9 @@ def _answers(run: Context, name: str) -> tuple[list[Path], dict[str, Any]]:
     engine = run.engine(run.weights(name))
     seed = derive_seed(config.seed, "evaluate/answers")
 
-    def work(prompts: Sequence[dict[str, str]], on_done: Callable[[int], None]) -> list[dict[str, Any]]:
+    def work(prompts: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
         n, limit = config.evaluate.n, config.model.max_seq_len
-        return answer(engine, run.chat, config.candidates, prompts, seed, limit, n=n, on_done=on_done)
+        return answer_each(engine, run.chat, config.candidates, prompts, seed, limit, n=n, on_step=run.check_stop)
 
     files = run.shards(f"{name}/answers", run.held_out, work)
     rows = shard_rows(run, f"{name}/answers")
@@ -70,8 +70,8 @@ def _judge(run: Context, name: str) -> dict[str, Any]:
     judged = {row["id"]: row["judgements"] for row in shard_rows(run, f"{name}/judgements")}
     human, truth = [], []
     for prompt in run.ranked("data/eft_eval.jsonl"):
-        min_valid = run.config.judge.min_valid
-        scores = [aggregate((j["score"] for j in of_reply), min_valid=min_valid) for of_reply in judged[prompt.id]]
+        min_valid, decides = run.config.judge.min_valid, DECIDES[run.config.judge.mode]
+        scores = [aggregate((j[decides] for j in of_reply), min_valid=min_valid) for of_reply in judged[prompt.id]]
         human.append(Ranked(scores, [rank for _, rank in prompt.replies]))
         if options.truth is not None:
             truth.append(Ranked(scores, ranks([_truth(run, prompt.prompt, text) for text, _ in prompt.replies])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -16,10 +16,10 @@ from srlm_fast.data import RankedPrompt, read_rows
 from srlm_fast.data.prompts import PromptPool
 from srlm_fast.engine.base import Request
 from srlm_fast.errors import UserError
-from srlm_fast.judge import Judgement
+from srlm_fast.judge import DECIDES, Judgement
 from srlm_fast.phases import PhaseResult, mean
 from srlm_fast.progress import progress
-from srlm_fast.rollout import Judge, Reply, answer, judge_replies
+from srlm_fast.rollout import Judge, Reply, answer_each, judge_each
 from srlm_fast.rundir import write_jsonl
 from srlm_fast.seeds import derive_seed
 
@@ -29,12 +29,19 @@ def judge_ranked(run: Context, name: str, weights: Path, prompts: Sequence[Ranke
     engine = run.engine(weights)
     seed = derive_seed(run.config.seed, name)
 
-    def work(part: Sequence[RankedPrompt], on_done: Callable[[int], None]) -> list[dict[str, Any]]:
+    def work(part: Sequence[RankedPrompt]) -> Iterator[dict[str, Any]]:
         replies = {p.id: [Reply(f"{p.id}/{i}", p.prompt, text) for i, (text, _) in enumerate(p.replies)] for p in part}
+        owner = {reply.id: prompt_id for prompt_id, group in replies.items() for reply in group}
+        judged: dict[str, list[dict[str, Any]]] = {}
+        left = {prompt_id: len(group) for prompt_id, group in replies.items()}
         flat = [reply for group in replies.values() for reply in group]
-        judged = judge_replies(engine, judge, flat, seed, on_done=lambda n: on_done(0))
-        on_done(len(part))
-        return [{"id": p.id, "judgements": [[asdict(j) for j in judged[r.id]] for r in replies[p.id]]} for p in part]
+        for reply_id, judgements in judge_each(engine, judge, flat, seed):
+            run.check_stop()
+            judged[reply_id] = [asdict(j) for j in judgements]
+            prompt_id = owner[reply_id]
+            left[prompt_id] -= 1
+            if not left[prompt_id]:
+                yield {"id": prompt_id, "judgements": [judged[r.id] for r in replies[prompt_id]]}
 
     return run.shards(name, prompts, work)
 
@@ -185,30 +192,24 @@ def candidates(run: Context, t: int) -> PhaseResult:
     engine = run.engine(run.weights(f"m{t}"))
     seed = derive_seed(config.seed, name)
 
-    def work(prompts: Sequence[dict[str, str]], on_done: Callable[[int], None]) -> list[dict[str, Any]]:
-        return answer(
-            engine,
-            run.chat,
-            config.candidates,
-            prompts,
-            seed,
-            config.model.max_seq_len,
-            judge=run.judge,
-            on_done=on_done,
-        )
+    def work(prompts: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
+        limit, options = config.model.max_seq_len, config.candidates
+        return answer_each(engine, run.chat, options, prompts, seed, limit, judge=run.judge, on_step=run.check_stop)
 
     files = run.shards(name, run.rows(f"m{t}/prompts.jsonl"), work)
     rows = shard_rows(run, name)
     answers = [candidate for row in rows for candidate in row["candidates"]]
     judgements = [j for candidate in answers for j in candidate["judgements"]]
+    decides = DECIDES[config.judge.mode]
     return files, {
         "candidates": len(answers),
         "too_long": sum(not row["candidates"] for row in rows),
         "mean_score": mean([c["score"] for c in answers if c["score"] is not None]),
+        "mean_expected": mean([j["expected"] for j in judgements if j["expected"] is not None]),
         "unparsable": mean([j["score"] is None for j in judgements]),
         "truncated": mean([c["finish_reason"] == "length" for c in answers]),
         "mean_tokens": mean([len(c["token_ids"]) for c in answers]),
-        "scores": dict(sorted(Counter(round(j["score"]) for j in judgements if j["score"] is not None).items())),
+        "scores": dict(sorted(Counter(round(j[decides]) for j in judgements if j[decides] is not None).items())),
     }
 
 
