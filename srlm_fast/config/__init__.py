@@ -15,6 +15,7 @@ from srlm_fast.config.keys import (
     Config,
     DpoConfig,
     JudgeConfig,
+    PromptsConfig,
     SftConfig,
     TrainConfig,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Config",
     "DpoConfig",
     "JudgeConfig",
+    "PromptsConfig",
     "SftConfig",
     "TrainConfig",
     "describe",

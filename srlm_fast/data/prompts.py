@@ -10,6 +10,7 @@ import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from srlm_fast.config import PromptsConfig
 from srlm_fast.errors import UserError
 
 TEMPLATE = """\
@@ -18,10 +19,6 @@ unlike the others in subject and form.
 
 {tasks}"""
 
-BLACKLIST = (
-    *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
-    *("draw", "plot", "go to"),
-)
 COUNTS = {
     "completions": "completions read",
     "cut_off": "completions that ended at the token limit, dropped whole",
@@ -82,14 +79,14 @@ class PromptPool:
         seeds: Sequence[str],
         *,
         known: Iterable[str] = (),
-        ift_shots: int = 6,
-        generated_shots: int = 2,
+        ift_shots: int = PromptsConfig.ift_shots,
+        generated_shots: int = PromptsConfig.generated_shots,
         template: str = TEMPLATE,
-        min_words: int = 4,
-        max_words: int = 150,
-        blacklist: Sequence[str] = BLACKLIST,
-        forbidden_starts: Sequence[str] = ("Write a program",),
-        rouge_threshold: float = 0.7,
+        min_words: int = PromptsConfig.min_words,
+        max_words: int = PromptsConfig.max_words,
+        blacklist: Sequence[str] = PromptsConfig.blacklist,
+        forbidden_starts: Sequence[str] = PromptsConfig.forbidden_starts,
+        rouge_threshold: float = PromptsConfig.rouge_threshold,
         seed: int = 0,
     ) -> None:
         """A pool without accepted prompts.
