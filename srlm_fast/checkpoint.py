@@ -88,6 +88,19 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     model.reset_buffers()
 
 
+def read_tensors(folder: str | Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of all parameters in a folder, one at a time, on the CPU.
+
+    Raises:
+        UserError: as `load_weights`, before the first tensor.
+    """
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Llama(read_config(folder)).named_parameters()}
+    with _open_tensors(Path(folder), shapes) as stored:
+        for name in shapes:
+            yield name, stored[name].get_tensor(name).to(dtype)
+
+
 def weights_id(folder: str | Path) -> str:
     """Hex digest of what a model computes: names, dtypes, shapes and bytes of its tensors, and config.json's shape.
 

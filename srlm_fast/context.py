@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from srlm_fast import checkpoint
 from srlm_fast.chat import chat_format
@@ -67,7 +70,7 @@ class Context:
         self.held_out = self._read_held_out()
         self._check_losses()
         self._check_generator()
-        self._engine: Engine | None = None
+        self._engine = self._make_engine()
         self._engine_weights: Path | None = None
 
     def _check_losses(self) -> None:
@@ -96,6 +99,29 @@ class Context:
                 f"prompts.generator={self.config.prompts.generator} has max_position_embeddings="
                 f"{other.max_position_embeddings}, below model.max_seq_len={self.config.model.max_seq_len}; lower that"
             )
+        no_ids = {"bos_token_id": None, "eos_token_id": None}
+        if self.config.engine.name == "vllm" and replace(other, **no_ids) != replace(self.llama, **no_ids):
+            raise UserError(
+                f"prompts.generator={self.config.prompts.generator} has another shape than model.path, and vllm serves "
+                "one shape per process; write the prompts in a run with engine.name=native"
+            )
+
+    def _make_engine(self) -> Engine:
+        """The engine, without weights, and the groups of ranks that generate together."""
+        options = self.config.engine
+        arguments: dict[str, Any] = {"max_batch": options.max_batch, "device": self.world.device}
+        if options.name == "vllm":
+            names = ("tensor_parallel", "kv_cache_gib", "dtype", "enforce_eager")
+            arguments |= {name: getattr(options, name) for name in names}
+            arguments["max_len"] = self.config.model.max_seq_len
+        elif options.tensor_parallel > 1:
+            raise UserError(
+                f"engine.tensor_parallel={options.tensor_parallel}: the {options.name} engine has the whole model in "
+                "every process; use engine.name=vllm"
+            )
+        engine = load_engine(options.name, **arguments)
+        self.world.form_groups(options.tensor_parallel)
+        return engine
 
     def main(self, function: Callable[[], Any]) -> Any:
         """Run on rank 0 and give every rank its result, or the same UserError."""
@@ -111,8 +137,9 @@ class Context:
         return result
 
     def check_stop(self) -> None:
-        """Raise `Interrupted` after SIGTERM or SIGINT."""
-        if self.stopping:
+        """Raise `Interrupted` after SIGTERM or SIGINT. Ranks that generate together stop together."""
+        generating = self._engine_weights is not None
+        if self.world.any_in_group(self.stopping) if generating else self.stopping:
             raise Interrupted("stopped; the same command goes on from here")
 
     def weights(self, name: str) -> Path:
@@ -152,24 +179,29 @@ class Context:
 
     def engine(self, weights: Path) -> Engine:
         """The one engine of this process, with these weights loaded."""
-        if self._engine is None:
-            options = self.config.engine
-            self._engine = load_engine(options.name, max_batch=options.max_batch, device=self.world.device)
         if self._engine_weights != weights:
             self._engine.load(weights)
             self._engine_weights = weights
         return self._engine
 
+    def hand_over(self, model: nn.Module, weights: Path) -> None:
+        """Let the engine take a trained model from memory, if it can, so that it need not read the folder."""
+        if self._engine.push(model, weights):
+            self._engine_weights = weights
+
     def sleep_engine(self) -> None:
         """Free the engine's memory before training."""
-        if self._engine is not None:
-            self._engine.sleep()
-            self._engine_weights = None
+        self._engine.sleep()
+        self._engine_weights = None
+
+    def close(self) -> None:
+        """End the engine, and with vllm torch.distributed too. What comes after needs no other rank."""
+        self._engine.close()
 
     def shards(
         self, name: str, rows: Sequence[Any], work: Callable[[Sequence[Any]], Iterable[dict[str, Any]]]
     ) -> list[Path]:
-        """Turn rows into files shard by shard; ranks claim the shards that have no file yet.
+        """Turn rows into files shard by shard; ranks, or groups of them, claim the shards that have no file yet.
 
         A shard is worked on alone, so its content depends neither on the rank nor on the shards before it. Its finished
         rows are kept as they come (`srlm_fast.shards`), so that a restart makes the others only.
@@ -185,21 +217,24 @@ class Context:
         size = self.config.candidates.shard_size
         files = [self.run_dir / f"{name}/shard-{i:05d}.jsonl" for i in range((len(rows) + size - 1) // size)]
         todo = self.main(lambda: [i for i, file in enumerate(files) if not file.exists()])
-        total = sum(len(rows[i * size : (i + 1) * size]) for i in todo) // self.world.size  # this rank's share, about
+        total = sum(len(rows[i * size : (i + 1) * size]) for i in todo) // self.world.n_groups  # of this group, about
+        leads = self.world.leads_group  # its other ranks work along, and write nothing
         with progress(name, total, unit="rows", enabled=self.world.is_main) as advance:
             for claimed in self.world.claims():
                 if claimed >= len(todo):
                     break
                 i = todo[claimed]
                 part = rows[i * size : (i + 1) * size]
-                shard = Shard(files[i], [_row_id(row) for row in part], _row_id)
-                missing = shard.missing
+                shard = Shard(files[i], [_row_id(row) for row in part], _row_id) if leads else None
+                missing = self.world.broadcast_in_group(shard.missing if leads else None)
                 advance(len(part) - len(missing))
                 for row in work([part[k] for k in missing]) if missing else ():
-                    shard.add(row)
+                    if leads:
+                        shard.add(row)
                     self.check_stop()
                     advance(1)
-                shard.seal()
+                if leads:
+                    shard.seal()
         self.world.barrier()
         return files
 

@@ -78,6 +78,7 @@ def iterate(config: Config, world: World) -> Context:
     try:
         for name, phase in phases(config.iterations):
             _run_phase(run, name, phase)
+        run.close()
     finally:
         run.run_dir.unlock()
     return run

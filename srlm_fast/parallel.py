@@ -20,6 +20,8 @@ class World:
     """This process among its peers. Without torchrun (WORLD_SIZE unset or 1) nothing is initialised."""
 
     _n_claims = 0
+    group_size = 1  # ranks of a group: consecutive ones, which generate the same together
+    _group: Any = None
 
     def __init__(self, timeout_s: float = 3600.0) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
@@ -35,6 +37,44 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def form_groups(self, size: int) -> None:
+        """Make groups of `size` consecutive ranks, which share the work of a claim. All ranks call this, once."""
+        self.group_size = size
+        if size > 1:
+            for first in range(0, self.size, size):
+                group = dist.new_group(range(first, first + size), backend="gloo")
+                self._group = group if first == self.group * size else self._group
+
+    @property
+    def group(self) -> int:
+        """Number of this rank's group."""
+        return self.rank // self.group_size
+
+    @property
+    def n_groups(self) -> int:
+        return self.size // self.group_size
+
+    @property
+    def leads_group(self) -> bool:
+        """Whether this rank writes what its group has made."""
+        return self.rank % self.group_size == 0
+
+    def broadcast_in_group(self, value: Any) -> Any:
+        """The picklable value of the group's first rank, on all its ranks."""
+        if self.group_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=self.group * self.group_size, group=self._group)
+        return box[0]
+
+    def any_in_group(self, flag: bool) -> bool:
+        """Whether a rank of the group says so."""
+        if self.group_size == 1:
+            return flag
+        total = torch.tensor(int(flag))
+        dist.all_reduce(total, group=self._group)
+        return bool(total)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -66,12 +106,12 @@ class World:
         return box[0]
 
     def claims(self) -> Iterator[int]:
-        """0, 1, 2, ... shared out among the ranks in order of asking; endless. All ranks call this alike."""
+        """0, 1, 2, ... shared out among the groups in order of asking; endless. All ranks call this alike."""
         World._n_claims += 1
         if self.size == 1:
             return count()
         store, key = dist.distributed_c10d._get_default_store(), f"srlm/claims/{World._n_claims}"
-        return (store.add(key, 1) - 1 for _ in count())
+        return (self.broadcast_in_group(store.add(key, 1) - 1 if self.leads_group else None) for _ in count())
 
     def exit(self, code: int) -> None:
         """Leave the process group and end the process.

@@ -217,8 +217,28 @@ class EvaluateConfig:
 
 @dataclass
 class EngineConfig:
-    name: str = key("native", "generation engine", choices=("native",), operational=True)
+    name: str = key(
+        "native",
+        "generation engine: native (ours, for small models, a whole replica per process) or vllm",
+        choices=("native", "vllm"),
+    )
     max_batch: int = key(128, "sequences decoded at the same time", least=1)
+    tensor_parallel: int = key(
+        1, "vllm: consecutive processes of a node that share a replica of the model", operational=True, least=1
+    )
+    kv_cache_gib: float = key(
+        8.0, "vllm: GiB for the keys and values of running sequences, in every process", operational=True, above=0
+    )
+    dtype: str = key(
+        "auto",
+        "vllm: dtype of weights and cache; auto: bfloat16 on CUDA, float32 on a CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    enforce_eager: bool = key(
+        False,
+        "vllm: neither CUDA graphs nor torch.compile; starts sooner and generates more slowly",
+        operational=True,
+    )
 
 
 @dataclass

@@ -11,7 +11,7 @@ from srlm_fast.errors import UserError
 
 __all__ = ["ENGINES", "Completion", "Engine", "EngineStats", "Request", "load_engine"]
 
-ENGINES = {"native": "srlm_fast.engine.native:NativeEngine"}
+ENGINES = {"native": "srlm_fast.engine.native:NativeEngine", "vllm": "srlm_fast.engine.vllm:VllmEngine"}
 """Name of an engine -> module:class, imported when it is asked for."""
 
 

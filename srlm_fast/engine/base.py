@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from torch import nn
+
 from srlm_fast.errors import UserError
 
 
@@ -43,6 +45,7 @@ class EngineStats:
     """Work done since the engine was made. Time that the caller spends between two completions is not counted."""
 
     prompt_tokens: int = 0  # tokens run through prefill; the n samples of a request share one
+    cached_tokens: int = 0  # prompt tokens whose keys and values were there already, from prompts that begin alike
     generated_tokens: int = 0
     seconds: float = 0.0
 
@@ -60,6 +63,12 @@ class Engine(Protocol):
     def load(self, weights: str | Path) -> None:
         """Reads the weights of a Hugging Face folder, in place of those it had; drops all requests under way."""
 
+    def push(self, model: nn.Module, folder: str | Path) -> bool:
+        """Takes weights over from a model in memory, whole or sharded, that `folder` holds too.
+
+        False: it has not, and `load(folder)` is to be called. All ranks call this.
+        """
+
     def submit(self, requests: Iterable[Request]) -> None:
         """Queues requests, also while `stream` is being iterated. UserError names the first that is unfit."""
 
@@ -67,7 +76,7 @@ class Engine(Protocol):
         """Submits `requests`, then yields completions as they finish, until none is left."""
 
     def sleep(self) -> None:
-        """Gives back the memory of weights and caches for training, drops all requests; `load` wakes the engine."""
+        """Gives back the memory of weights and caches for training, drops all requests; `load` or `push` wakes it."""
 
     def close(self) -> None:
         """Gives back everything; the engine is of no use afterwards."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from srlm_fast.checkpoint import load_model
 from srlm_fast.engine.base import Completion, EngineStats, Request, check_request
@@ -89,6 +89,10 @@ class NativeEngine:
         self.model = weights.eval()
         if self._layout != kept:
             self._reset()
+
+    def push(self, model: nn.Module, folder: str | Path) -> bool:
+        """See `Engine.push`: it loads from folders only, being made for models that are read in no time."""
+        return False
 
     def submit(self, requests: Iterable[Request]) -> None:
         """See `Engine.submit`."""

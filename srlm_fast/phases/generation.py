@@ -160,7 +160,7 @@ def _round(run: Context, engine: Any, pool: PromptPool, indices: range, file: Pa
         rf"\n\s*{options.ift_shots + options.generated_shots + options.prompts_per_request + 1}[.):]"
     )
     bos = run.tokenizer.bos_id is not None
-    coded = {i: run.tokenizer.encode(pool.request(i), bos=bos) for i in indices[run.world.rank :: run.world.size]}
+    coded = {i: run.tokenizer.encode(pool.request(i), bos=bos) for i in indices[run.world.group :: run.world.n_groups]}
     requests = [
         Request(
             prompt_ids=ids,

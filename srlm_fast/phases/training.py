@@ -183,7 +183,10 @@ def _train(
         trainer.fit()
     checkpoint.save_weights(model, run.weights(name), dtype=torch.float32, extra_files=run.tokenizer.files)
     counts = {"items": len(items), "steps": trainer.total_steps, "last_loss": losses[-1]}
-    del model, trainer
+    del trainer
+    gc.collect()  # the optimizer's memory, before the engine wants some
+    run.hand_over(model, run.weights(name))
+    del model
     gc.collect()
     run.main(lambda: discard(folder))
     return [run.weights(name)], counts

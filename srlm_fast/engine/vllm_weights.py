@@ -1,0 +1,119 @@
+"""Weights on their way into vLLM: whole tensors by name, counted, and a probe that shows that they have arrived.
+
+vLLM itself says nothing when a tensor is missing: the old value stays. So names and shapes are compared with the
+model's own list, and what is served is compared with what was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from srlm_fast.engine.kv_cache import PromptAttention
+from srlm_fast.errors import UserError
+from srlm_fast.model import Llama, LlamaConfig
+from srlm_fast.seeds import derive_seed
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+PROBE_TOKENS = 32
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""Largest mean difference of the probe's log-probs, in nats, by the dtype that vLLM serves."""
+
+
+def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of all tensors of a model."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
+
+
+def full_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of a Llama, sharded by FSDP2 or not, one at a time. All ranks iterate it alike."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # what a forward pass left gathered
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().to(dtype)  # before it is gathered: half the bytes on the way
+        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def check_names(found: Shapes, expected: Shapes) -> None:
+    """Refuses a set of tensors that is not the model's.
+
+    Raises:
+        UserError: with the names that are missing, unknown or of another shape.
+    """
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "of another shape": sorted(n for n in found.keys() & expected.keys() if found[n] != expected[n]),
+    }
+    parts = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
+    if parts:
+        raise UserError(f"vllm engine: these weights are not those of its model; {'; '.join(parts)}")
+
+
+def counted(tensors: Iterable[tuple[str, Tensor]], expected: Shapes) -> Iterator[tuple[str, Tensor]]:
+    """Hands tensors on, each once and all of them.
+
+    Raises:
+        UserError: at a name that is unknown or came before, at a wrong shape, and at the end if some did not come.
+    """
+    seen: set[str] = set()
+    for name, tensor in tensors:
+        if name in seen:
+            raise UserError(f"vllm engine: tensor {name} was sent twice")
+        if name not in expected or tuple(tensor.shape) != expected[name]:
+            check_names({**expected, name: tuple(tensor.shape)}, expected)
+        seen.add(name)
+        yield name, tensor
+    check_names({name: expected[name] for name in seen}, expected)
+
+
+def untied(tensors: Iterable[tuple[str, Tensor]], config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+    """Adds the output head of a model that shares it with the embedding.
+
+    vLLM is told that it does not: when it reloads tied weights on a CPU the head keeps its old values (0.32).
+    """
+    for name, tensor in tensors:
+        yield name, tensor
+        if config.tie_word_embeddings and name == "model.embed_tokens.weight":
+            yield "lm_head.weight", tensor
+
+
+def probe_ids(vocab_size: int) -> list[int]:
+    """Token ids that all models of a vocabulary are probed with."""
+    return [derive_seed("probe", i) % vocab_size for i in range(PROBE_TOKENS)]
+
+
+@torch.no_grad()
+def probe_logprobs(model: nn.Module, ids: list[int]) -> list[float]:
+    """The trainer's log-probs of ids[1:], without dropout. With FSDP2 all ranks call it."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    tokens = torch.tensor(ids, device=device)
+    logits = model(tokens, torch.arange(len(ids), device=device), PromptAttention([len(ids)]))
+    model.train(training)
+    return logits[:-1].float().log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1).tolist()
+
+
+def check_probe(served: list[float], trained: list[float], dtype: torch.dtype) -> None:
+    """Refuses to serve weights that do not compute what the trainer's compute.
+
+    Raises:
+        UserError: with the difference found.
+    """
+    differences = (torch.tensor(served) - torch.tensor(trained)).abs()
+    mean, largest = differences.mean().item(), differences.max().item()
+    if not mean <= TOLERANCE[dtype]:  # NaN, too
+        raise UserError(
+            f"vllm engine: log-probs of {len(trained)} probe tokens differ from the trainer's by {mean:.3g} nats on "
+            f"average ({largest:.3g} at most), more than {TOLERANCE[dtype]:g} for {dtype}: it does not serve the "
+            "weights that were trained; try another version of vllm"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
