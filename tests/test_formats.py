@@ -31,7 +31,13 @@ TURNS = [user("hi"), assistant("hello"), user("more\nplease")]
     [
         ({"prompt": "q", "chosen": "a", "rejected": "b", "score": 1}, [user("q")], "a", "b"),
         ({"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}, [user("q")], "a", "b"),
-        ({"prompt": "q", "chosen": [*TURNS, assistant("a")], "rejected": [*TURNS, assistant("b")]}, TURNS, "a", "b"),
+        ({"prompt": "hi ", "chosen": [*TURNS, assistant("a")], "rejected": [*TURNS, assistant("b")]}, TURNS, "a", "b"),
+        (
+            {"prompt": TURNS[:1], "chosen": [*TURNS, assistant("a")], "rejected": [*TURNS, assistant("b")]},
+            TURNS,
+            "a",
+            "b",
+        ),
         ({"chosen": [*TURNS, assistant("a")], "rejected": [*TURNS, assistant("b")]}, TURNS, "a", "b"),
         ({"chosen": f"{HH}a", "rejected": f"{HH}b"}, TURNS, "a", "b"),
         ({"chosen": "The sky is blue.", "rejected": "The sky is blank."}, [user("The sky is ")], "blue.", "blank."),
@@ -75,7 +81,15 @@ def test_mt_bench_keeps_its_later_turns(tmp_path):
         ({"prompt": [{"role": "system", "content": "s"}]}, "empty_prompt"),
         ({"chosen": "no common", "rejected": "beginning"}, "empty_prompt"),
         ({"chosen": [user("q"), assistant("a")], "rejected": [user("p"), assistant("b")]}, "different_prompts"),
+        ({"prompt": "q", "chosen": [*TURNS, assistant("a")], "rejected": [*TURNS, assistant("b")]}, "prompt_mismatch"),
+        (
+            {"prompt": [user("q")], "chosen": [*TURNS, assistant("a")], "rejected": [*TURNS, assistant("b")]},
+            "prompt_mismatch",
+        ),
         ({"chosen": f"{HH}a", "rejected": f"{HH}"}, "empty_reply"),
+        ({"prompt": "q", "completion": " "}, "empty_reply"),
+        ({"prompt": "q", "responses": ["a", ""]}, "empty_reply"),
+        ({"messages": [assistant("a")]}, "empty_prompt"),
         ({"prompt": "q", "completion": None, "label": True}, "empty_reply"),
         (" ", "empty_prompt"),
     ],
@@ -98,7 +112,12 @@ def test_unusable_rows_are_counted(tmp_path, raw, reason):
         {"prompt": "q", "chosen": [user("a")], "rejected": [assistant("b")]},
         {"chosen": TURNS, "rejected": TURNS},
         {"chosen": f"{HH}a\n\nHuman: and", "rejected": f"{HH}b"},
-        {"messages": [assistant("a")]},
+        {"messages": [user("a")]},
+        {"prompt": "q", "label": True},
+        {"prompt": "q", "responses": []},
+        {"prompt": "q", "responses": ["a", "b"], "labels": [1]},
+        {"prompt": "q", "responses": ["a"], "labels": [2]},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "label": 1.5},
         {"turns": []},
         ["q"],
         3,
@@ -109,6 +128,42 @@ def test_other_rows_are_refused_by_line_and_keys(tmp_path, raw):
     with pytest.raises(UserError, match=r"x.jsonl:2: a row of no known layout; its keys") as error:
         parse(tmp_path, "good", raw)
     assert all(repr(key) in str(error.value) for key in (raw if isinstance(raw, dict) else ()))
+
+
+@pytest.mark.parametrize(
+    ("raw", "prompt", "replies", "labels"),
+    [
+        ({"prompt": "q", "completion": "a"}, [user("q")], ("a",), ()),
+        ({"messages": [*TURNS, assistant("a")]}, TURNS, ("a",), ()),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [user("q")], ("a",), ()),
+        ({"prompt": "q", "responses": ["a", "b", "a"]}, [user("q")], ("a", "b", "a"), ()),
+        ({"prompt": "q", "responses": ["a", "b"], "labels": [True, 0.25]}, [user("q")], ("a", "b"), (1.0, 0.25)),
+    ],
+)
+def test_demonstrations_and_several_replies(tmp_path, raw, prompt, replies, labels):
+    (row,), _ = parse(tmp_path, raw)
+    assert row == Row("x.jsonl:1", prompt, replies=replies, labels=labels) and row.kind == "responses"
+
+
+@pytest.mark.parametrize(
+    ("columns", "label"),
+    [
+        ({"label": 0.7}, 0.7),
+        ({"chosen_score": 4.0, "rejected_score": 2.0}, 0.8807970779778823),
+        ({"score_chosen": 1, "score_rejected": 1}, 0.5),
+        ({"chosen_score": -2000.0, "rejected_score": 2000.0}, 0.0),
+    ],
+)
+def test_labels_of_pairs(tmp_path, columns, label):
+    (row,), _ = parse(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b", **columns})
+    assert row.labels == pytest.approx((label, 1 - label))
+
+
+def test_what_a_row_lacks_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"x.jsonl:1: .*keys: \['chosen', 'prompt'\]; 'rejected' is missing"):
+        parse(tmp_path, {"prompt": "q", "chosen": "a"})
+    with pytest.raises(UserError, match="'prompt' is missing"):
+        parse(tmp_path, {"completion": "a", "label": True})
 
 
 def test_kinds(tmp_path):

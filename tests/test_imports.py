@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"torch", "numpy", "safetensors", "sentencepiece"}
-EXTRA = {"yaml", "rich", "scipy", "jinja2", "rapidfuzz", "tokenizers", "transformers", "triton"}
+EXTRA = {"pyarrow", "yaml", "rich", "scipy", "jinja2", "rapidfuzz", "tokenizers", "transformers", "triton"}
 LEAVES = {"errors", "seeds"}
 """Modules of a few lines that anyone may import."""
 MAY_IMPORT = {
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "convert": {"model", "checkpoint", "progress", "tokenizer"},
     "reference": {"packing", "parallel", "losses", "rundir"},
     "trainer": {"config", "kernels", "losses", "packing", "parallel", "reference", "rundir", "trainer"},
+    "dataset": {"chat", "data", "losses", "packing", "tokenizer"},
     "engine": {"engine", "model", "checkpoint", "native_ops", "kernels"},
     "rollout": {"chat", "config", "data", "engine", "judge"},
     "shards": {"rundir"},
