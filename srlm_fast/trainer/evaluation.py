@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from srlm_fast.errors import UserError
 from srlm_fast.packing import Item
 from srlm_fast.parallel import World
 from srlm_fast.rundir import write_json
@@ -36,9 +37,15 @@ class Evaluation:
 
 
 def worse_than_before(metric: str = "eval_rewards/accuracies", *, lower_is_better: bool = False) -> Callable:
-    """Stop when the newest value of a metric is worse than that of the evaluation before it."""
+    """Stop when the newest value of a metric is worse than that of the evaluation before it.
+
+    Raises:
+        UserError: when asked, for a metric that the evaluation does not have.
+    """
 
     def rule(history: History) -> bool:
+        if metric not in history[-1]:
+            raise UserError(f"no metric {metric!r} to stop on; there are {', '.join(history[-1])}")
         if len(history) < 2:
             return False
         before, now = history[-2][metric], history[-1][metric]

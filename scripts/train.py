@@ -1,0 +1,50 @@
+"""Train a model on files of rows with any loss of docs/losses.md.
+
+    torchrun --nproc-per-node N scripts/train.py --config configs/dpo.yaml model=PATH data=pairs.jsonl [key=value ...]
+
+Started again with the same arguments it goes on where it was. The model is in RUN_DIR/model, metrics are in
+RUN_DIR/metrics.jsonl. Exit codes of a process: 0 done, 2 bad input (one line says what), 143 stopped by SIGTERM or
+SIGINT after a checkpoint.
+"""
+
+import argparse
+import sys
+
+from srlm_fast.config import describe
+from srlm_fast.config.train import TrainRunConfig
+from srlm_fast.config.tree import read
+from srlm_fast.errors import Interrupted, UserError
+
+
+def main() -> int | None:
+    epilog, formatter = f"keys:\n{describe(TrainRunConfig())}", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=formatter)
+    parser.add_argument("--config", help="YAML file of keys")
+    parser.add_argument("--cache-only", action="store_true", help="stop when the reference log-probs are there")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    try:
+        config = read(TrainRunConfig(), arguments.config, arguments.overrides)
+        from srlm_fast.parallel import World
+        from srlm_fast.train_run import train
+
+        world = World()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    code = 0
+    try:
+        counts = train(config, world, cache_only=arguments.cache_only)
+        if world.is_main:
+            print(", ".join(f"{name} {value:.6g}" for name, value in counts.items()))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        code = 143
+    world.exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

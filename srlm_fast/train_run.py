@@ -1,0 +1,241 @@
+"""One training run from files to a model folder, as scripts/train.py does it: read, reference, train, save.
+
+RUN/run.json             format version, result-relevant keys, digests of the inputs
+RUN/config.yaml          the whole configuration
+RUN/data.json            what became of the rows: counts, and where those are that were left out
+RUN/reference/           reference log-probs in parts, where the loss needs them and no shared folder is named
+RUN/checkpoints/         training state, removed at the end
+RUN/metrics.jsonl        a line per optimizer step and per evaluation
+RUN/model/               the trained model
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srlm_fast import checkpoint
+from srlm_fast.config import results_keys, to_dict, walk
+from srlm_fast.config.train import TrainRunConfig
+from srlm_fast.dataset import Data, read_items, training_format
+from srlm_fast.errors import Interrupted, UserError
+from srlm_fast.kernels import library
+from srlm_fast.losses import Objective
+from srlm_fast.model import Llama
+from srlm_fast.packing import Item
+from srlm_fast.parallel import World, shard
+from srlm_fast.progress import progress
+from srlm_fast.reference import ReferenceCache, fill, reference_items
+from srlm_fast.rundir import RunDir, atomic_file, fingerprint, write_json
+from srlm_fast.seeds import derive_seed
+from srlm_fast.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from srlm_fast.trainer import Evaluation, Trainer, training_objective, worse_than_before
+
+
+def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> dict[str, Any]:
+    """Train a model on files of rows; started again it goes on where it was.
+
+    Args:
+        config: see its keys.
+        world: the processes that train together.
+        cache_only: stop when the reference log-probs are there.
+
+    Returns:
+        What was recorded of the run: items, steps, and the metrics of the last step and evaluation.
+
+    Raises:
+        UserError: for bad input, before any work starts, or a loss that is not finite.
+        Interrupted: on SIGTERM or SIGINT, after a checkpoint.
+    """
+    library.use(config.kernels)
+    objective = training_objective(config.training)
+    inputs = _inputs(config)
+    run, stopping = RunDir(config.run_dir), _stop_signal()
+    _on_main(world, lambda: _open(run, config, inputs))
+    try:
+        record = _on_main(world, lambda: run.phase("train"))
+        if record is not None:
+            return record["counts"]
+        started = time.perf_counter()
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        llama = checkpoint.read_config(config.model)
+        check_vocab(tokenizer, llama.vocab_size)
+        items, held_out = _read(config, objective, tokenizer, run, world)
+
+        def load_model(dropout: float = 0.0) -> torch.nn.Module:
+            model = shard(Llama(llama, dropout).to(world.device), world)
+            checkpoint.load_weights(model, config.model)
+            return model
+
+        cache = None
+        if objective.needs_reference:
+            weights_id = _on_main(world, lambda: checkpoint.weights_id(config.model))
+            folder = Path(config.reference_cache) if config.reference_cache else run / "reference"
+            cache = _reference(folder, weights_id, objective, (items, held_out), load_model, config, world, stopping)
+        if cache_only:
+            return {"items": len(items), "responses": len(cache) if cache else 0}
+        trainer = _trainer(config, load_model(config.dropout), items, held_out, cache, run, world, stopping)
+        with progress("train", trainer.total_steps, unit="steps", enabled=world.is_main) as advance:
+            log = trainer.on_step
+            trainer.on_step = lambda metrics: (log(metrics), advance(1, f"loss {metrics.get('loss', 'skipped')}"))
+            metrics = trainer.fit()
+        checkpoint.save_weights(trainer.model, run / "model", dtype=torch.float32, extra_files=tokenizer.files)
+        counts = {**metrics, "items": len(items), "held_out": len(held_out), "steps": int(metrics.get("step", 0))}
+        _on_main(world, lambda: run.finish("train", [run / "model"], time.perf_counter() - started, counts))
+        _on_main(world, lambda: shutil.rmtree(run / "checkpoints", ignore_errors=True))
+        return counts
+    finally:
+        run.unlock()
+
+
+def _trainer(
+    config: TrainRunConfig,
+    model: torch.nn.Module,
+    items: Sequence[Item],
+    held_out: Sequence[Item],
+    cache: ReferenceCache | None,
+    run: RunDir,
+    world: World,
+    stopping: list[bool],
+) -> Trainer:
+    def log(phase: str) -> Callable[[dict[str, float]], None]:
+        return lambda metrics: run.log({"phase": phase, **metrics}) if world.is_main else None
+
+    rule = worse_than_before(config.stop_on, lower_is_better=config.stop_on == "eval_loss") if config.stop_on else None
+    _on_main(world, lambda: (run / "checkpoints").mkdir(parents=True, exist_ok=True))
+    return Trainer(
+        model,
+        items,
+        config.training,
+        reference=cache,
+        world=world,
+        seed=derive_seed(config.seed, "train"),
+        checkpoint_dir=run / "checkpoints",
+        on_step=log("train"),
+        should_stop=lambda: bool(stopping),
+        evaluation=Evaluation(held_out, config.eval_every, report=log("evaluation"), stop_when=rule),
+        on_nonfinite=config.on_nonfinite,
+    )
+
+
+def _reference(
+    folder: Path,
+    weights_id: str,
+    objective: Objective,
+    parts: Sequence[Sequence[Item]],
+    load_model: Callable[[], torch.nn.Module],
+    config: TrainRunConfig,
+    world: World,
+    stopping: list[bool],
+) -> ReferenceCache:
+    """The reference log-probs of all items, from the folder or computed."""
+    needed = [item for part in parts if part for item in reference_items(part, objective)]
+    with progress("reference", len(needed) // world.size, unit="items", enabled=world.is_main) as advance:
+
+        def on_done(n: int) -> None:
+            if stopping:
+                raise Interrupted("stopped; the same command goes on from here")
+            advance(n)
+
+        return fill(
+            folder,
+            weights_id,
+            needed,
+            load_model,
+            tokens_per_microbatch=config.training.tokens_per_microbatch,
+            world=world,
+            progress=on_done,
+        )
+
+
+def _read(
+    config: TrainRunConfig, objective: Objective, tokenizer: Tokenizer, run: RunDir, world: World
+) -> tuple[list[Item], list[Item]]:
+    """(items to train on, held-out items); what became of the rows is in data.json."""
+    chat = training_format(config.chat_format, tokenizer)
+
+    def read(paths: Sequence[str]) -> Data:
+        return read_items(
+            list(paths),
+            chat,
+            objective,
+            max_length=config.max_length,
+            max_tokens=config.training.tokens_per_microbatch,
+            truncation=config.truncation,
+            on_bad_row=config.on_bad_row,
+        )
+
+    found = {"data": read(config.data)} | ({"eval_data": read(config.eval_data)} if config.eval_data else {})
+    if world.is_main:
+        write_json(run / "data.json", {name: {"counts": d.counts, "skipped": d.skipped} for name, d in found.items()})
+        for name, data in found.items():
+            print(f"{name}: {data.summary()}", file=sys.stderr)
+    items = found["data"].items
+    if config.eval_data:
+        return items, found["eval_data"].items
+    n_held_out = round(config.eval_share * len(items))
+    drawn = set(random.Random(f"{config.seed}/held out").sample(range(len(items)), n_held_out))
+    return [it for i, it in enumerate(items) if i not in drawn], [it for i, it in enumerate(items) if i in drawn]
+
+
+def _inputs(config: TrainRunConfig) -> dict[str, list[Path]]:
+    """The files and folders that the configuration names, by key."""
+    inputs = {}
+    for name, spec, value in walk(config):
+        if spec.metadata["path"] and value:
+            inputs[name] = [Path(path) for path in (value if isinstance(value, tuple) else (value,))]
+    for name, what in (("model", "the folder of a model"), ("data", "at least one file of rows")):
+        if name not in inputs:
+            raise UserError(f"{name} is empty: name {what}, {name}=PATH")
+    for name, paths in inputs.items():
+        for path in paths:
+            if not path.exists():
+                raise UserError(f"{name}: {path} does not exist")
+    if config.stop_on and not (config.eval_data or config.eval_share):
+        raise UserError(f"stop_on={config.stop_on} needs held-out rows; name eval_data or set eval_share")
+    return inputs
+
+
+def _open(run: RunDir, config: TrainRunConfig, inputs: dict[str, list[Path]]) -> None:
+    import yaml
+
+    run.open(results_keys(config), {name: "+".join(map(fingerprint, paths)) for name, paths in inputs.items()})
+    run.lock()
+    with atomic_file(run / "config.yaml") as file:
+        yaml.safe_dump(to_dict(config), file, sort_keys=False)
+
+
+def _on_main(world: World, function: Callable[[], Any]) -> Any:
+    """Run on rank 0 and give every rank its result, or the same UserError."""
+    result, error = None, None
+    if world.is_main:
+        try:
+            result = function()
+        except UserError as caught:
+            error = str(caught)
+    result, error = world.broadcast((result, error))
+    if error is not None:
+        raise UserError(error)
+    return result
+
+
+def _stop_signal() -> list[bool]:
+    """A list that is no longer empty after SIGTERM or SIGINT; a second one raises Interrupted at once."""
+    stopping: list[bool] = []
+
+    def stop(number: int, frame: Any) -> None:
+        if stopping:
+            raise Interrupted(f"stopped at once by a second {signal.Signals(number).name}")
+        stopping.append(True)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    return stopping

@@ -1,0 +1,222 @@
+"""scripts/train.py: from files of rows to a model folder, on real preference data with a small model."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from srlm_fast import train_run
+from srlm_fast.checkpoint import load_model, save_weights
+from srlm_fast.config.train import TrainRunConfig
+from srlm_fast.config.tree import read
+from srlm_fast.errors import Interrupted, UserError
+from srlm_fast.model import Llama, LlamaConfig
+from srlm_fast.parallel import World
+from srlm_fast.tokenizer import load_tokenizer
+from srlm_fast.train_run import train
+
+ROOT = Path(__file__).resolve().parents[1]
+DPO, KTO = "preference_formats/dpo_en_demo.json", "preference_formats/kto_en_demo.json"
+HH = "hh_rlhf/harmless-base-test.jsonl.gz"
+
+
+@pytest.fixture(scope="module")
+def model_folder(shared_data, tmp_path_factory) -> Path:
+    """A model folder of 2 layers with the sentencepiece model of the real data."""
+    tokenizer = load_tokenizer(shared_data("spm/test_model.model"))
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=1024,
+    )
+    model = Llama(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    folder = tmp_path_factory.mktemp("model") / "m0"
+    save_weights(model, folder, extra_files=tokenizer.files)
+    return folder
+
+
+def configured(model_folder: Path, run_dir: Path, data: Path, *overrides: str) -> list[str]:
+    return [
+        f"model={model_folder}",
+        f"run_dir={run_dir}",
+        f"data={data}",
+        *("chat_format=plain", "max_length=1000", "training.tokens_per_microbatch=4000", "training.batch_size=8"),
+        *("training.lr=3e-3", "training.min_lr=3e-3", "training.max_steps=6", "training.epochs=100", *overrides),
+    ]
+
+
+def run(*arguments) -> dict:
+    return train(read(TrainRunConfig(), None, configured(*arguments)), World())
+
+
+def head(path: Path, source: Path, n: int) -> Path:
+    """The first rows of a real file of an array."""
+    path.write_text(json.dumps(json.loads(source.read_text(encoding="utf-8"))[:n]))
+    return path
+
+
+def rows_kept(run_dir: Path) -> int:
+    return json.loads((run_dir / "data.json").read_text())["data"]["counts"]["kept"]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "first"),
+    [(DPO, "dpo", math.log(2)), (DPO, "simpo + 0.1 * nll", None), (HH, "ipo", 25.0), (KTO, "kto", 0.5)],
+)
+def test_real_data_train(tmp_path, shared_data, model_folder, name, loss, first):
+    """40 rows again and again: the loss falls, and what comes out loads."""
+    source = shared_data(name)
+    if source.suffix == ".gz":
+        import gzip
+
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(gzip.open(source, "rt").readlines()[:40]))
+    else:
+        data = head(tmp_path / "rows.json", source, 40)
+    counts = run(
+        model_folder,
+        tmp_path / "run",
+        data,
+        f"training.loss={loss}",
+        "eval_share=0.2",
+        "eval_every=3",
+        "training.max_steps=12",
+    )
+    assert counts["items"] + counts["held_out"] >= 20 and counts["steps"] == 12
+    steps = [row for row in lines(tmp_path / "run/metrics.jsonl") if row["phase"] == "train"]
+    if first is not None:
+        assert steps[0]["loss"] == pytest.approx(first, rel=1e-4)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    evaluations = [row for row in lines(tmp_path / "run/metrics.jsonl") if row["phase"] == "evaluation"]
+    assert [row["step"] for row in evaluations] == [3, 6, 9, 12]
+    assert counts["eval_loss"] == evaluations[-1]["eval_loss"]
+    assert rows_kept(tmp_path / "run") == counts["items"] + counts["held_out"]
+    before, after = load_model(model_folder), load_model(tmp_path / "run/model")
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+    assert load_tokenizer(tmp_path / "run/model").vocab_size == after.config.vocab_size
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_stopped_and_started_again_equals_undisturbed(tmp_path, shared_data, model_folder, monkeypatch):
+    data = head(tmp_path / "rows.json", shared_data(DPO), 30)
+    options = ("eval_share=0.2", "eval_every=2", "dropout=0.1", "training.checkpoint_every=1")
+    expected = run(model_folder, tmp_path / "a", data, *options)
+    stopping: list[bool] = []
+    real = train_run.RunDir.log
+
+    def log(self, record):
+        real(self, record)
+        if record.get("phase") == "train" and record["step"] == 3:
+            stopping.append(True)
+
+    monkeypatch.setattr(train_run, "_stop_signal", lambda: stopping)
+    monkeypatch.setattr(train_run.RunDir, "log", log)
+    with pytest.raises(Interrupted, match="stopped after step 4 of 6"):
+        run(model_folder, tmp_path / "b", data, *options)
+    stopping.clear()
+    counts = run(model_folder, tmp_path / "b", data, *options)
+    assert [row["step"] for row in lines(tmp_path / "b/metrics.jsonl") if row["phase"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert counts["eval_loss"] == expected["eval_loss"]
+    ours, theirs = (load_file(tmp_path / name / "model/model.safetensors") for name in "ab")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    changed = (tmp_path / "b/metrics.jsonl").stat().st_mtime_ns
+    assert run(model_folder, tmp_path / "b", data, *options) == counts
+    assert (tmp_path / "b/metrics.jsonl").stat().st_mtime_ns == changed, "a finished run was trained again"
+    with pytest.raises(UserError, match=r"training.lr: was 0.003, now 0.1"):
+        run(model_folder, tmp_path / "b", data, *options, "training.lr=0.1")
+
+
+def test_runs_share_a_reference_cache_and_stop_early(tmp_path, shared_data, model_folder, monkeypatch):
+    data = head(tmp_path / "rows.json", shared_data(DPO), 30)
+    options = ("eval_share=0.3", f"reference_cache={tmp_path / 'cache'}")
+    config = read(TrainRunConfig(), None, configured(model_folder, tmp_path / "a", data, *options))
+    assert train(config, World(), cache_only=True)["responses"] == 2 * rows_kept(tmp_path / "a")
+    assert not (tmp_path / "a/model").exists()
+    monkeypatch.setattr("srlm_fast.reference.compute", lambda *args, **kwargs: pytest.fail("computed again"))
+    every = ("eval_every=1", "stop_on=eval_loss", "training.lr=0.5", "training.min_lr=0.5")
+    counts = run(model_folder, tmp_path / "b", data, *options, *every)
+    losses = [row["eval_loss"] for row in lines(tmp_path / "b/metrics.jsonl") if row["phase"] == "evaluation"]
+    assert counts["steps"] < 6 and losses[-1] > losses[-2]
+    with pytest.raises(UserError, match="no metric 'eval_accuracy' to stop on; there are step, .*eval_loss"):
+        run(model_folder, tmp_path / "c", data, *options, "eval_every=1", "stop_on=eval_accuracy")
+
+
+def test_refusals(tmp_path, model_folder, shared_data):
+    data = head(tmp_path / "rows.json", shared_data(DPO), 4)
+    cases = {
+        "model is empty: name the folder": [f"data={data}"],
+        "data is empty: name at least one file": [f"model={model_folder}"],
+        "data: .*absent.json does not exist": [f"model={model_folder}", f"data={tmp_path / 'absent.json'}"],
+        "stop_on=eval_loss needs held-out rows": [f"model={model_folder}", f"data={data}", "stop_on=eval_loss"],
+        "unknown loss 'dpoo'": [f"model={model_folder}", f"data={data}", "training.loss=dpoo"],
+        "has no chat_template": [f"model={model_folder}", f"data={data}", f"run_dir={tmp_path / 'r'}"],
+        r"labelled.json\[0\]: loss dpo compares pairs": [
+            f"model={model_folder}",
+            f"data={head(tmp_path / 'labelled.json', shared_data(KTO), 4)}",
+            "chat_format=plain",
+            f"run_dir={tmp_path / 's'}",
+        ],
+    }
+    for message, overrides in cases.items():
+        with pytest.raises(UserError, match=message):
+            train(read(TrainRunConfig(), None, overrides), World())
+
+
+def script(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)])]
+    command = command if ranks > 1 else [sys.executable]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "scripts/train.py", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=240,
+        env=environment,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_two_ranks_equal_one(tmp_path, shared_data, model_folder, loss):
+    data = head(tmp_path / "rows.json", shared_data(DPO), 30)
+    options = (f"training.loss={loss}", "eval_share=0.2", "eval_every=4", "training.adam_eps=1e-3")
+    run(model_folder, tmp_path / "one", data, *options)
+    done = script(*configured(model_folder, tmp_path / "two", data, *options), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, expected in zip(
+        lines(tmp_path / "two/metrics.jsonl"), lines(tmp_path / "one/metrics.jsonl"), strict=True
+    ):
+        for name in ("loss", "eval_loss", "rewards/margins", "eval_logps/chosen"):
+            if name in expected:
+                assert ours[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name
+    ours, expected = (load_file(tmp_path / name / "model/model.safetensors") for name in ("two", "one"))
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=0, msg=name)
+
+
+def test_the_command_with_its_example(tmp_path, shared_data, model_folder):
+    data = head(tmp_path / "rows.json", shared_data(DPO), 20)
+    overrides = configured(model_folder, tmp_path / "run", data, "training.max_steps=1")
+    done = script("--config", "configs/dpo.yaml", *overrides)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"items {rows_kept(tmp_path / 'run')}" in done.stdout and (tmp_path / "run/model/model.safetensors").exists()
+    refused = script("--config", "configs/dpo.yaml", "training.los=dpo")
+    assert refused.returncode == 2 and "did you mean 'training.loss'?" in refused.stderr
