@@ -7,8 +7,10 @@
 
 #include <algorithm>
 
+#include "blocked_products.h"
 #include "head_products.h"
 #include "softmax_rows.h"
+#include "tiled_softmax.h"
 
 namespace srlm {
 namespace {
@@ -22,6 +24,11 @@ at::TensorOptions wide(const at::Tensor& x) { return x.options().dtype(at::toOpM
 
 at::Tensor padded_rows(int64_t rows, int64_t cols, const at::TensorOptions& options) {
   return at::empty({rows, round_up(cols, kAlignment)}, options).narrow(1, 0, cols);
+}
+
+// Whether kernels/linear_softmax.py's formula is -log p and there are kernels that need no logits in memory.
+bool without_logits(const at::Tensor& x, const Softmax& softmax) {
+  return !softmax.softcap && !softmax.label_smoothing && !softmax.z_loss && blocked::available(x.scalar_type());
 }
 
 at::Tensor rows_of(const at::Tensor& x, int64_t start, int64_t size) {
@@ -79,9 +86,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_softmax(
     double label_smoothing, double z_loss, bool entropy, bool keep, int64_t chunk_rows) {
   const int64_t n_rows = x.size(0), cols = weight.size(0);
   const at::Tensor targets = target.contiguous();
-  at::Tensor loss = at::empty({n_rows}, wide(x)), lse = at::empty({n_rows}, wide(x));
+  const Softmax softmax{temperature, softcap, label_smoothing, z_loss};
+  at::Tensor loss = at::empty({n_rows}, wide(x));
   at::Tensor entropies = at::empty({entropy ? n_rows : 0}, wide(x));
   at::Tensor unit = keep ? padded_rows(n_rows, cols, weight.options()) : at::empty({0, cols}, weight.options());
+  if (!keep && !entropy && without_logits(x, softmax)) {
+    at::Tensor lse = at::empty({n_rows}, x.options().dtype(at::kDouble));
+    tiled::losses(x, weight, targets, temperature, loss, lse);
+    return {loss, lse, entropies, unit};
+  }
+  at::Tensor lse = at::empty({n_rows}, wide(x));
   const bool in_place = keep && unit.scalar_type() == loss.scalar_type();
   const Chunk chunk(x, weight, in_place ? 0 : chunk_rows);
   for_each_chunk(n_rows, in_place ? kMostRows : chunk_rows, [&](int64_t start, int64_t size) {
@@ -90,34 +104,49 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_softmax(
     if (keep) rows.unit = unit.narrow(0, start, size);
     if (entropy) rows.entropy = entropies.narrow(0, start, size);
     multiply_transposed(x.narrow(0, start, size), weight, logits);
-    softmax_rows(logits, targets.narrow(0, start, size), {temperature, softcap, label_smoothing, z_loss}, rows);
+    softmax_rows(logits, targets.narrow(0, start, size), softmax, rows);
   });
-  return {loss, lse, entropies, unit};
+  return {loss, lse.to(at::kDouble), entropies, unit};
 }
 
-at::Tensor linear_softmax_backward(const at::Tensor& grad_loss, const std::optional<at::Tensor>& grad_entropy,
-                                   const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,
-                                   const at::Tensor& /* lse: U_y needs the sum over the other columns anyhow */,
-                                   const at::Tensor& /* entropy */, const at::Tensor& unit, at::Tensor& dw,
-                                   double temperature, double softcap, double label_smoothing, double z_loss,
-                                   bool need_dx, int64_t chunk_rows) {
+std::tuple<at::Tensor, at::Tensor> linear_softmax_backward(
+    const at::Tensor& grad_loss, const std::optional<at::Tensor>& grad_entropy, const at::Tensor& x,
+    const at::Tensor& weight, const at::Tensor& target, const at::Tensor& lse, const at::Tensor& loss,
+    const at::Tensor& unit, const std::optional<at::Tensor>& main_grad, double temperature, double softcap,
+    double label_smoothing, double z_loss, bool need_dx, bool need_dw, int64_t chunk_rows) {
+  const Softmax softmax{temperature, softcap, label_smoothing, z_loss};
+  const at::Tensor targets = target.contiguous(), coefficient = grad_loss.contiguous();
   at::Tensor dx = at::empty({need_dx ? x.size(0) : 0, x.size(1)}, x.options());
-  const bool need_dw = dw.size(0) > 0;
+  const at::Tensor none = at::empty({0, x.size(1)}, weight.options());
+  if (unit.size(0) == 0 && !grad_entropy && without_logits(x, softmax)) {
+    const at::Tensor dw = need_dw && !main_grad ? at::empty(weight.sizes(), weight.options()) : none;
+    tiled::gradients(x, weight, targets, temperature, loss, lse, coefficient, chunk_rows * weight.size(0),
+                     need_dx ? dx : at::Tensor(), !need_dw ? at::Tensor() : main_grad ? *main_grad : dw,
+                     main_grad.has_value());
+    return {dx, dw};
+  }
+  at::Tensor dw = !need_dw ? none : main_grad ? *main_grad : at::empty(weight.sizes(), wide(x));
+  const auto add_to_dw = [&](int64_t start, const at::Tensor& u, const at::Tensor& rows) {
+    if (need_dw) (start > 0 || main_grad ? add_transposed_product : transposed_product)(u, rows, dw);
+  };
+  if (need_dw && !main_grad && x.size(0) == 0) dw.zero_();
   if (unit.size(0) > 0 && !grad_entropy) {
     if (need_dx) multiply(unit, weight, grad_loss, dx);
-    if (need_dw) add_transposed_product(unit, at::mul(x, grad_loss.unsqueeze(1)).to(x.scalar_type()), dw);
-    return dx;
+    add_to_dw(0, unit, at::mul(x, grad_loss.unsqueeze(1)).to(x.scalar_type()));
+  } else {
+    const SoftmaxRows rows{.coefficient = coefficient,
+                           .grad_entropy = grad_entropy ? grad_entropy->contiguous() : at::Tensor()};
+    for_each_unit(x, weight, targets, softmax, rows, chunk_rows,
+                  [&](int64_t start, int64_t size, const at::Tensor& chunk_unit) {
+                    at::Tensor dx_rows = need_dx ? dx.narrow(0, start, size) : at::Tensor();
+                    if (need_dx) multiply(chunk_unit, weight, {}, dx_rows);
+                    add_to_dw(start, chunk_unit, x.narrow(0, start, size));
+                  });
   }
-  const SoftmaxRows rows{.coefficient = grad_loss.contiguous(),
-                         .grad_entropy = grad_entropy ? grad_entropy->contiguous() : at::Tensor()};
-  for_each_unit(x, weight, target.contiguous(), {temperature, softcap, label_smoothing, z_loss}, rows, chunk_rows,
-                [&](int64_t start, int64_t size, const at::Tensor& chunk_unit) {
-                  at::Tensor dx_rows = need_dx ? dx.narrow(0, start, size) : at::Tensor();
-                  if (need_dx) multiply(chunk_unit, weight, {}, dx_rows);
-                  if (need_dw) add_transposed_product(chunk_unit, x.narrow(0, start, size), dw);
-                });
-  return dx;
+  return {dx, main_grad ? none : dw.to(weight.scalar_type())};
 }
+
+bool linear_softmax_is_tiled(at::ScalarType dtype) { return blocked::available(dtype); }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_softmax_gradients(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target, const at::Tensor& coefficient,
@@ -139,6 +168,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_softmax_gradients(
 }
 
 }  // namespace srlm
+
+TORCH_LIBRARY_FRAGMENT(srlm, m) {
+  m.def("linear_softmax_is_tiled(ScalarType dtype) -> bool", &srlm::linear_softmax_is_tiled);
+}
 
 TORCH_LIBRARY_IMPL(srlm, CPU, m) {
   m.impl("linear_softmax", &srlm::linear_softmax);

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from srlm_fast.kernels.linear_softmax import (
+    TILED,
     linear_softmax,
     linear_softmax_backward,
     linear_softmax_gradients,
@@ -16,10 +17,6 @@ from srlm_fast.kernels.linear_softmax import (
     wide_dtype,
 )
 from srlm_fast.kernels.softmax_rows import Softmax
-
-ONE_PRODUCT = {"cuda"}
-"""Devices on which dW, where it is one product, is left to torch in the weight's dtype: an fp32 sum to be rounded later
-would cost 16 bytes more of traffic per weight. The CPU's own products do not depend on the number of threads."""
 
 
 class _RowLosses(torch.autograd.Function):
@@ -33,7 +30,7 @@ class _RowLosses(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         x, weight, target, ctx.main_grad, ctx.softmax, entropy, _, _, ctx.backward_rows = inputs
         loss, lse, entropies, unit = output
-        ctx.save_for_backward(x, weight, target, lse, entropies, unit)
+        ctx.save_for_backward(x, weight, target, lse, loss, unit)
         ctx.mark_non_differentiable(lse, unit, *(() if entropy else (entropies,)))
         ctx.has_entropy = entropy
         if not torch.compiler.is_compiling():  # which lacks it; an entropy that is not used then has zero gradients
@@ -42,38 +39,28 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _lse, grad_entropy, _unit):
-        x, weight, target, lse, entropies, unit = ctx.saved_tensors
+        x, weight, target, lse, loss, unit = ctx.saved_tensors
         if not ctx.has_entropy:
             grad_entropy = None
         if grad_loss is None:
-            grad_loss = torch.zeros_like(lse)
+            grad_loss = torch.zeros_like(loss)
         need_dx, need_dw, *_ = ctx.needs_input_grad
-        kept = unit.shape[0] == x.shape[0] and grad_entropy is None
-        dw = None
-        accumulator = lse.new_empty(0, x.shape[1])
-        if need_dw and ctx.main_grad is not None:
-            accumulator = ctx.main_grad
-        elif need_dw and kept and x.device.type in ONE_PRODUCT:
-            dw = torch.mm(unit.t(), (x * grad_loss[:, None]).to(x.dtype))
-        elif need_dw:
-            accumulator = lse.new_zeros(weight.shape)
-        dx = linear_softmax_backward(
+        dx, dw = linear_softmax_backward(
             grad_loss.contiguous(),
             None if grad_entropy is None else grad_entropy.contiguous(),
             x,
             weight,
             target,
             lse,
-            entropies,
+            loss,
             unit,
-            accumulator,
+            ctx.main_grad if need_dw else None,
             *ctx.softmax,
             need_dx,
+            need_dw,
             ctx.backward_rows,
         )
-        if need_dw and dw is None and ctx.main_grad is None:
-            dw = accumulator.to(weight.dtype)
-        return dx if need_dx else None, dw, *[None] * 7
+        return dx if need_dx else None, dw if need_dw and ctx.main_grad is None else None, *[None] * 7
 
 
 class _TotalLoss(torch.autograd.Function):
@@ -127,9 +114,17 @@ def row_losses(
 def total_loss(
     x: Tensor, weight: Tensor, target: Tensor, softmax: Softmax, *, chunk_bytes: int, main_grad: Tensor | None
 ) -> Tensor:
-    """The sum of all rows' losses; if U does not fit into `chunk_bytes` the gradients are made in the forward."""
-    keep, _, backward_rows = plan(x.shape[0], weight.shape[0], weight.dtype, chunk_bytes)
-    if keep or not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
+    """The sum of all rows' losses, with gradients made in the forward, chunk by chunk of rows.
+
+    Not so on CUDA if U fits into `chunk_bytes`: one product for dW is faster than a sum over chunks. Nor on the CPU in
+    fp32, where making U again in the cache costs little time and saves the fp32 dW between forward and backward, and in
+    bf16 if that dW does not fit into `chunk_bytes`.
+    """
+    by_rows, _, backward_rows = plan(x.shape[0], weight.shape[0], weight.dtype, chunk_bytes)
+    if x.device.type == "cpu":
+        tiled = x.dtype in TILED and softmax == Softmax(softmax.temperature)
+        by_rows = tiled and (x.dtype == torch.float32 or weight.numel() * 4 > chunk_bytes)
+    if by_rows or not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
         return row_losses(x, weight, target, softmax, chunk_bytes=chunk_bytes, main_grad=main_grad)[0].sum()
     options = (main_grad, softmax, x.requires_grad, weight.requires_grad, backward_rows)
     return _TotalLoss.apply(x.contiguous(), weight, target, *options)[0]

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from srlm_fast.kernels import library
 from srlm_fast.kernels.head_losses import check, check_range, reference_losses, row_losses, total_loss
-from srlm_fast.kernels.linear_softmax import CHUNK_BYTES
+from srlm_fast.kernels.linear_softmax import default_chunk_bytes
 from srlm_fast.kernels.softmax_rows import Softmax
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -52,7 +52,7 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     softcap: float = 0.0,
     rows: Tensor | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     main_grad: Tensor | None = None,
     check_targets: bool = False,
 ) -> Tensor:
@@ -73,7 +73,7 @@ def linear_cross_entropy(
         softcap: bound of the logits' absolute values, 0 for none (Gemma 2, arXiv:2408.00118).
         rows: int64, the distinct rows that count, in place of a look at `ignore_index`; made where the batch is packed
             it spares the one wait for the device that finding them among targets on a GPU costs.
-        chunk_bytes: largest kept U, and largest logits and U of a chunk.
+        chunk_bytes: largest kept U, and largest logits and U of a chunk; None: 48 MiB on the CPU, else 2 GiB.
         main_grad: fp32 (fp64) [V, D] that the weight's gradient is added to; autograd then gives the weight none.
         check_targets: look for targets out of range on a GPU too, which waits for it. Unnoticed they give NaN.
 
@@ -83,6 +83,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: on a wrong shape, dtype, device or value, or (on the CPU) a target outside [0, V).
     """
+    chunk_bytes = default_chunk_bytes(x.device) if chunk_bytes is None else chunk_bytes
     softmax = Softmax(temperature, softcap, label_smoothing, z_loss)
     check(x, weight, target, softmax, chunk_bytes, main_grad)
     if reduction not in REDUCTIONS:

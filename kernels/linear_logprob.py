@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srlm_fast.kernels import library
 from srlm_fast.kernels.head_losses import check, check_range, reference_losses, row_losses
-from srlm_fast.kernels.linear_softmax import CHUNK_BYTES
+from srlm_fast.kernels.linear_softmax import default_chunk_bytes
 from srlm_fast.kernels.softmax_rows import Softmax
 from srlm_fast.kernels.vocab_parallel import slice_of_vocabulary, sliced_losses
 
@@ -27,7 +27,7 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float = 0.0,
     return_entropy: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     main_grad: Tensor | None = None,
     group: ProcessGroup | None = None,
     vocab_size: int | None = None,
@@ -51,7 +51,7 @@ def linear_logprob(
         temperature: divides the (capped) logits.
         softcap: bound of the logits' absolute values, 0 for none (Gemma 2, arXiv:2408.00118).
         return_entropy: also return the entropy of each row's distribution.
-        chunk_bytes: largest kept U, and largest logits and U of a chunk.
+        chunk_bytes: largest kept U, and largest logits and U of a chunk; None: 48 MiB on the CPU, else 2 GiB.
         main_grad: fp32 (fp64) [V, D] that the weight's gradient is added to; autograd then gives the weight none.
         group: ranks that share the vocabulary.
         vocab_size: V of the whole vocabulary; needed with `group`.
@@ -63,6 +63,7 @@ def linear_logprob(
     Raises:
         ValueError: on a wrong shape, dtype, device or value, or (on the CPU) a target outside [0, V).
     """
+    chunk_bytes = default_chunk_bytes(x.device) if chunk_bytes is None else chunk_bytes
     softmax = Softmax(temperature, softcap)
     check(x, weight, target, softmax, chunk_bytes, main_grad)
     if group is None:

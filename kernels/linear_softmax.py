@@ -5,9 +5,10 @@
     U[n, :] = d loss[n] / d raw[n, :]        dX = g (.) (U W)        dW = U^T (g (.) X)        for upstream g [N]
 
 `linear_softmax` leaves U in place of the logits: 6 N D V FLOPs for any g. Where U would be too large,
-`linear_softmax_backward` makes it again chunk by chunk of rows (8 N D V), and `linear_softmax_gradients` needs only one
-pass (6 N D V), because g is known beforehand. Logits and statistics are fp32 whatever the dtype of x and weight, and so
-is the sum of dW over chunks. On CUDA: cuBLAS and one launch of kernels/softmax_rows.py per chunk.
+`linear_softmax_backward` makes it again chunk by chunk (8 N D V), and `linear_softmax_gradients` needs only one pass
+(6 N D V), because g is known beforehand. Logits and statistics are fp32 whatever the dtype of x and weight, and so is
+the sum of dW over chunks. On CUDA: cuBLAS and one launch of kernels/softmax_rows.py per chunk of rows. On a CPU with
+AVX-512 the logits of -log p are made again tile by tile in the cache, csrc/tiled_softmax.cpp: `TILED`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,29 @@ from torch import Tensor
 from srlm_fast.kernels import library
 from srlm_fast.kernels.softmax_rows import ALIGNMENT, Softmax, padded_rows, triton_rows
 from srlm_fast.kernels.softmax_slices import torch_rows
+from srlm_fast.native_ops import native_available
 
 CHUNK_BYTES = 2 << 30
-"""Default for the largest kept U, and for the logits and U of a chunk where it is not kept."""
+"""Default for the largest kept U, and for the logits and U of a chunk where it is not kept, but on the CPU."""
+
+CPU_CHUNK_BYTES = 128 << 20
+"""The same on the CPU, and there for the fp32 sum of a dW in 16 bits too, whose U is not kept."""
 
 SCRATCH_BYTES = 512 << 20
 """Most for the logits of a chunk when no dW is summed up over chunks: the product is at full speed with fewer rows."""
+
+
+TILED = frozenset(
+    dtype
+    for dtype in (torch.float32, torch.bfloat16)
+    if native_available() and torch.ops.srlm.linear_softmax_is_tiled(dtype)
+)
+"""dtypes for which the C++ on this machine makes the logits of -log p again tile by tile in the cache."""
+
+
+def default_chunk_bytes(device: torch.device) -> int:
+    """What `chunk_bytes` is where it is not given."""
+    return CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -140,7 +158,7 @@ def _forward_fake(
     x, weight, target, temperature, softcap, label_smoothing, z_loss, entropy, keep, chunk_rows
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = wide_dtype(x.dtype)
-    loss, lse = x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
+    loss, lse = x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=torch.float64)
     entropies = x.new_empty(x.shape[0] if entropy else 0, dtype=wide)
     n_cols = weight.shape[0]
     unit = padded_rows(x.shape[0], n_cols, weight.dtype, x.device) if keep else weight.new_empty(0, n_cols)
@@ -172,33 +190,47 @@ def _backward(
     weight: Tensor,
     target: Tensor,
     lse: Tensor,
-    entropy: Tensor,
+    loss: Tensor,
     unit: Tensor,
-    dw: Tensor,
+    main_grad: Tensor | None,
     temperature: float,
     softcap: float,
     label_smoothing: float,
     z_loss: float,
     need_dx: bool,
+    need_dw: bool,
     chunk_rows: int,
-) -> Tensor:
-    dx = x.new_empty(len(x) if need_dx else 0, x.shape[1])
+) -> tuple[Tensor, Tensor]:
+    dx, dw = _backward_fake(
+        grad_loss, grad_entropy, x, weight, target, lse, loss, unit, main_grad, *4 * [0.0], need_dx, need_dw, chunk_rows
+    )
     if len(unit) and grad_entropy is None:
         g = grad_loss[:, None]
         if need_dx:
             multiply(unit, weight, dx)
             dx.mul_(g)
-        if len(dw):
-            multiply(unit.t(), (x * g).to(x.dtype), dw, accumulate=True)
-        return dx
+        if need_dw:
+            scaled = (x * g).to(x.dtype)
+            # One product is left to torch in the weight's dtype: an fp32 sum to be rounded later would cost 16 bytes
+            # more of traffic per weight.
+            if main_grad is None:
+                torch.mm(unit.t(), scaled, out=dw)
+            else:
+                multiply(unit.t(), scaled, main_grad, accumulate=True)
+        return dx, dw
+    total = main_grad
+    if need_dw and main_grad is None:
+        total = dw.zero_() if dw.dtype == grad_loss.dtype else torch.zeros_like(dw, dtype=grad_loss.dtype)
     softmax = Softmax(temperature, softcap, label_smoothing, z_loss)
     upstream = {"coefficient": grad_loss, "grad_entropy": grad_entropy}
     for part, chunk_unit in _units(rows, x, weight, target, softmax, chunk_rows, **upstream):
         if need_dx:
             multiply(chunk_unit, weight, dx[part])
-        if len(dw):
-            multiply(chunk_unit.t(), x[part], dw, accumulate=True)
-    return dx
+        if need_dw:
+            multiply(chunk_unit.t(), x[part], total, accumulate=True)
+    if need_dw and main_grad is None:
+        dw.copy_(total)
+    return dx, dw
 
 
 def _gradients(
@@ -235,8 +267,13 @@ def _gradients_fake(
     return torch.empty_like(coefficient), dx, dw
 
 
-def _backward_fake(grad_loss, grad_entropy, x, *rest) -> Tensor:
-    return x.new_empty(x.shape[0] if rest[-2] else 0, x.shape[1])
+def _backward_fake(
+    grad_loss, grad_entropy, x, weight, target, lse, loss, unit, main_grad, temperature, softcap, label_smoothing,
+    z_loss, need_dx, need_dw, chunk_rows,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    give_dw = need_dw and main_grad is None
+    dw = weight.new_empty(weight.shape[0] if give_dw else 0, weight.shape[1])
+    return x.new_empty(x.shape[0] if need_dx else 0, x.shape[1]), dw
 
 
 LOSS = "float temperature, float softcap, float label_smoothing, float z_loss"
@@ -248,20 +285,21 @@ linear_softmax = library.define(
     torch_impl=partial(_forward, torch_rows),
     triton_impl=partial(_forward, triton_rows),
 )
-"""x [N, D], weight [V, D], target int64 [N] -> loss, lse [N]; entropy [N], or [0] if not asked for; U [N, V] in the
-weight's dtype, its rows a multiple of 64 elements apart, or [0, V] if not kept. At most `chunk_rows` rows of logits
-exist at once."""
+"""x [N, D], weight [V, D], target int64 [N] -> loss [N]; lse [N] in fp64, so that e^(z - lse) of large logits is exact;
+entropy [N], or [0] if not asked for; U [N, V] in the weight's dtype, its rows a multiple of 64 elements apart, or
+[0, V] if not kept. At most `chunk_rows` rows of logits exist at once."""
 
 linear_softmax_backward = library.define(
     "linear_softmax_backward(Tensor grad_loss, Tensor? grad_entropy, Tensor x, Tensor weight, Tensor target, "
-    f"Tensor lse, Tensor entropy, Tensor unit, Tensor(a!) dw, {LOSS}, bool need_dx, int chunk_rows) -> Tensor dx",
+    f"Tensor lse, Tensor loss, Tensor unit, Tensor(a!)? main_grad, {LOSS}, bool need_dx, bool need_dw, int chunk_rows) "
+    "-> (Tensor dx, Tensor dw)",
     fake=_backward_fake,
     torch_impl=partial(_backward, torch_rows),
     triton_impl=partial(_backward, triton_rows),
 )
-"""dX [N, D] in x's dtype ([0, D] if not needed); adds to `dw`, fp32 [V, D] ([0, D]: not wanted). U is made again if it
-was not kept or the entropy has a gradient. `lse` and `entropy` spare an implementation a pass over the logits; those
-here rather read them twice, since p_y - 1 could not be had from lse without cancellation."""
+"""dX [N, D] in x's dtype and dW [V, D] in the weight's, [0, D] where not needed; dW goes to fp32 `main_grad` instead,
+added, where that is given. U is made again if it was not kept or the entropy has a gradient. `lse` and `loss`, both of
+`linear_softmax`, spare the C++ a pass over the logits; the others rather read them twice."""
 
 linear_softmax_gradients = library.define(
     f"linear_softmax_gradients(Tensor x, Tensor weight, Tensor target, Tensor coefficient, {LOSS}, bool need_dx, "

@@ -6,9 +6,9 @@ from head_case import BUDGETS, Recorder, exact_losses, make
 from kernel_case import ROUNDING, relative_error
 from torch.utils.checkpoint import checkpoint
 
-from srlm_fast.kernels import head_losses, library
+from srlm_fast.kernels import library
 from srlm_fast.kernels.linear_logprob import linear_logprob
-from srlm_fast.kernels.linear_softmax import CHUNK_BYTES, chunks, plan
+from srlm_fast.kernels.linear_softmax import CHUNK_BYTES, TILED, chunks, plan
 from srlm_fast.kernels.softmax_rows import Softmax
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NaN in rows or their padding
@@ -37,17 +37,6 @@ def test_value_and_gradients(implementation, n, d, v, dtype, budget):
     assert relative_error(logp, expected) < 1e-6, "logits of any dtype are summed and kept in fp32"
     assert relative_error(dx, edx) < 2 * ROUNDING[dtype]
     assert relative_error(dw, edw) < 2 * ROUNDING[dtype]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_weight_gradient_by_one_product(dtype, monkeypatch):
-    case = make(40, 16, 201, dtype)
-    gradients = []
-    for devices in ({"cpu"}, {"cuda"}):
-        monkeypatch.setattr(head_losses, "ONE_PRODUCT", devices)
-        gradients.append(torch.autograd.grad(linear_logprob(*case[:3]), (case.x, case.weight), case.grad))
-    for got, want in zip(*gradients):
-        assert got.dtype == dtype and relative_error(got, want) < ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -235,10 +224,10 @@ def test_operators_are_registered_soundly():
     ops = torch.ops.srlm
     for keep in (True, False):
         torch.library.opcheck(ops.linear_softmax.default, (x, weight, target, *loss, True, keep, 4))
-        _, lse, entropy, unit = ops.linear_softmax(x, weight, target, *loss, True, keep, 4)
-        dw = torch.zeros(20, 4)
-        arguments = (grad, None if keep else grad, x, weight, target, lse, entropy, unit, dw, *loss, True, 4)
-        torch.library.opcheck(ops.linear_softmax_backward.default, arguments)
+        losses, lse, _, unit = ops.linear_softmax(x, weight, target, *loss, True, keep, 4)
+        for main_grad in (None, torch.zeros(20, 4)):
+            into = (grad, None if keep else grad, x, weight, target, lse, losses, unit, main_grad)
+            torch.library.opcheck(ops.linear_softmax_backward.default, (*into, *loss, True, True, 4))
     torch.library.opcheck(ops.linear_softmax_gradients.default, (x, weight, target, grad, *loss, True, True, 4))
 
 
@@ -260,6 +249,38 @@ def test_reference_agrees(main_grad):
             main_grad.zero_()
     for got, want in zip(*results):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+
+
+TILED_SHAPES = [(1, 1, 1), (3, 5, 300), (300, 33, 129), (2100, 64, 517), (700, 70, 4099)]
+
+
+@pytest.mark.skipif(not TILED, reason="needs the C++ kernels for AVX-512")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d", "v"), TILED_SHAPES)
+def test_logits_made_tile_by_tile(n, d, v, dtype):
+    """More rows and columns than a tile has; one needs no gradient; main_grad; any number of threads."""
+    case = make(n, d, v, dtype, scale=d**-0.5)
+    logp = linear_logprob(*case[:3], temperature=0.7, chunk_bytes=1)
+    dx, dw = torch.autograd.grad(logp, (case.x, case.weight), case.grad, retain_graph=True)
+    expected, _, edx, edw = exact(case, temperature=0.7)
+    assert relative_error(logp, expected) < 1e-6 or v == 1
+    assert relative_error(dx, edx) < 2 * ROUNDING[dtype] and relative_error(dw, edw) < 2 * ROUNDING[dtype]
+    for chosen, whole in ((case.x, dx), (case.weight, dw)):
+        torch.testing.assert_close(
+            torch.autograd.grad(logp, chosen, case.grad, retain_graph=True)[0], whole, rtol=0, atol=0
+        )
+    main_grad = torch.full(dw.shape, 3.0)
+    linear_logprob(*case[:3], temperature=0.7, chunk_bytes=1, main_grad=main_grad).backward(case.grad)
+    assert relative_error(main_grad - 3.0, edw) < 2 * ROUNDING[dtype]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        again = linear_logprob(*case[:3], temperature=0.7, chunk_bytes=1)
+        got = (again, *torch.autograd.grad(again, (case.x, case.weight), case.grad))
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(got, (logp, dx, dw)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

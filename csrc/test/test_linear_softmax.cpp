@@ -57,11 +57,16 @@ bool check(at::ScalarType dtype, int64_t n, int64_t v, int64_t d, const Options&
       good &= close(loss, plain.loss, sums, "loss") && close(entropy, both.entropy, sums, "entropy");
       for (const bool with_entropy : {false, true}) {
         const at::Tensor& u = (with_entropy ? both : plain).unit;
-        at::Tensor dw = at::ones({v, d}, wide);
-        const at::Tensor dx = srlm::linear_softmax_backward(
-            c, with_entropy ? std::optional(h) : std::nullopt, x, w, target, lse, entropy, unit, dw, o.temperature,
-            o.softcap, o.label_smoothing, o.z_loss, true, chunk_rows);
-        good &= close(dx, at::mm(u, wd), tolerance, "dx") && close(dw, at::mm(u.t(), xd) + 1, tolerance, "dw");
+        const at::Tensor main_grad = at::ones({v, d}, wide);
+        const auto backward = [&](const std::optional<at::Tensor>& into) {
+          return srlm::linear_softmax_backward(c, with_entropy ? std::optional(h) : std::nullopt, x, w, target, lse, loss,
+                                               unit, into, o.temperature, o.softcap, o.label_smoothing, o.z_loss, true,
+                                               true, chunk_rows);
+        };
+        const auto [dx, dw] = backward(std::nullopt);
+        good &= close(dx, at::mm(u, wd), tolerance, "dx") && close(dw, at::mm(u.t(), xd), tolerance, "dw");
+        good &= std::get<1>(backward(main_grad)).size(0) == 0;
+        good &= close(main_grad, at::mm(u.t(), xd) + 1, tolerance, "main_grad");
       }
     }
     const auto [loss, dx, dw] = srlm::linear_softmax_gradients(
@@ -85,9 +90,8 @@ bool check_extremes() {
   };
   bool good = near(loss[0], others) && near(unit[0][0], -others) && near(loss[1], 1e4) && near(unit[1][1], -1);
   good &= near(loss[3], 2 + rest) && std::isnan(loss[2].item<double>());
-  at::Tensor dw = at::zeros({3, 1});
-  const at::Tensor dx = srlm::linear_softmax_backward(at::ones({4}), std::nullopt, x, w, target, lse, entropy, unit, dw,
-                                                      1, 0, 0, 0, true, 4);
+  const auto [dx, dw] = srlm::linear_softmax_backward(at::ones({4}), std::nullopt, x, w, target, lse, loss, unit,
+                                                      std::nullopt, 1, 0, 0, 0, true, true, 4);
   good &= near(dx[0], std::exp(-60.0) * -2 - std::exp(-30.0)) && near(dx[1], 1) && std::isnan(dx[2].item<double>());
   if (!good) std::printf("extreme logits\n");
   return good;
