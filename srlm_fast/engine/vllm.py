@@ -31,7 +31,14 @@ from torch import distributed, nn
 
 from srlm_fast.checkpoint import read_config, read_tensors
 from srlm_fast.engine.base import Completion, EngineStats, Request, check_request
-from srlm_fast.engine.vllm_process import LogTail, check_installed, installation, set_environment, undisturbed
+from srlm_fast.engine.vllm_process import (
+    LogTail,
+    check_installed,
+    installation,
+    remove_shared_memory,
+    set_environment,
+    undisturbed,
+)
 from srlm_fast.engine.vllm_weights import (
     check_names,
     check_probe,
@@ -193,6 +200,7 @@ class VllmEngine:
             options |= {"enable_sleep_mode": True, "gpu_memory_utilization": min(0.9, 0.95 * free / total)}
         else:
             options["block_size"] = CPU_BLOCK_SIZE
+            remove_shared_memory(self.tensor_parallel)
         try:
             with undisturbed():
                 from vllm import LLM
@@ -216,10 +224,12 @@ class VllmEngine:
                     **options,
                 )
                 self._log.attach()  # vLLM has set its logging up anew
+            if not self.cuda:
+                remove_shared_memory(self.tensor_parallel)
         except Exception as error:
             raise UserError(
-                f"vllm cannot start ({type(error).__name__}: {error}). {installation(self.cuda)}; too little memory: "
-                f"lower engine.kv_cache_gib or raise engine.tensor_parallel.{self._log.shown()}"
+                f"vllm cannot start ({type(error).__name__}: {error}); if memory is short lower engine.kv_cache_gib or "
+                f"raise engine.tensor_parallel, if a package is missing: {installation(self.cuda)}.{self._log.shown()}"
             ) from error
 
     def _check_shape(self, config: LlamaConfig, what: str) -> None:

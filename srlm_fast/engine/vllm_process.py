@@ -10,6 +10,7 @@ import random
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy
 import torch
@@ -67,6 +68,20 @@ def set_environment(cuda: bool) -> None:
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # ranks on one machine would be bound to the same cores
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def remove_shared_memory(tensor_parallel: int) -> None:
+    """Removes the name of the memory through which vLLM's CPU build adds up over this rank's group.
+
+    The name is the same in every run, and vLLM (0.32) neither removes it nor starts where it exists. To be called
+    before vLLM starts, because of a run that was killed, and after: what is in use needs no name.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    first = rank - rank % tensor_parallel
+    ranks = "-".join(str(first + i) for i in range(tensor_parallel))
+    for file in Path("/dev/shm").glob("*"):
+        if file.name.endswith(f"-[{ranks}]-cpushm_{rank - first}"):
+            file.unlink(missing_ok=True)
 
 
 @contextmanager
