@@ -69,7 +69,8 @@ def load_model(
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Read a folder's tensors into a Llama's parameters, cast to their dtype, and recompute its buffers.
 
-    The parameters may be fresh from `to_empty` and may be sharded (FSDP2): a rank then reads only its own slices.
+    The parameters may be fresh from `to_empty` and may be sharded (FSDP2): a rank then reads only its own slices. One
+    slice at a time is in memory beside the parameters.
 
     Raises:
         UserError: before anything is changed, when a file is missing, truncated or outside the folder, or a tensor is
@@ -80,11 +81,15 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()  # FSDP2 would drop what is written into a gathered parameter
-    parameters = dict(model.named_parameters())
-    with _open_tensors(Path(folder), {name: tuple(p.shape) for name, p in parameters.items()}) as stored:
-        for name, parameter in parameters.items():
-            local, where = _local_slice(parameter)
-            local.copy_(stored[name].get_slice(name)[where])
+    folder, parameters = Path(folder), dict(model.named_parameters())
+    with _open_tensors(folder, {name: tuple(p.shape) for name, p in parameters.items()}):
+        files = _tensor_files(folder)
+    for name, parameter in parameters.items():
+        local, where = _local_slice(parameter)
+        if local.numel():
+            # A file is mapped into memory, and what has been read of it stays there until it is closed.
+            with _open_file(files.get(name, folder / SINGLE_FILE)) as stored:
+                local.copy_(stored.get_slice(name)[where])
     model.reset_buffers()
 
 

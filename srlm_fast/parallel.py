@@ -1,7 +1,8 @@
-"""Processes and sharding: torchrun's environment, a few collectives, and FSDP2 around a model."""
+"""Processes and sharding: torchrun's environment, a few collectives; recomputation, compilation, FSDP2 for a model."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,9 +12,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from srlm_fast.model import Llama
+from srlm_fast.config.keys import ParallelConfig
+from srlm_fast.errors import UserError
+from srlm_fast.model import Attend, Block, Llama
+
+
+def backend(device: torch.device) -> str:
+    """What ranks with this device talk through: gloo for what lies on the CPU, NCCL for what lies on a GPU."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 class World:
@@ -31,8 +40,7 @@ class World:
         if cuda:
             torch.cuda.set_device(self.device)
         if self.size > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+            dist.init_process_group(backend(self.device), timeout=timedelta(seconds=timeout_s))
 
     @property
     def is_main(self) -> bool:
@@ -128,21 +136,127 @@ class World:
         sys.exit(code)
 
 
-def shard(model: Llama, world: World) -> nn.Module:
-    """FSDP2: every block a unit, embedding, norm and head in the root; fp32 shards, gradients summed, not averaged.
+def parallelize(model: Llama, world: World, options: ParallelConfig | None = None) -> nn.Module:
+    """Checkpointing, compilation and sharding, in the order in which each sees what it has to see.
 
-    The log-prob head runs inside the root's forward, where its weight is whole. One rank: the model as it is.
+    Recomputation becomes part of a block, the compiler sees the block with it, and FSDP2's gathering stays outside of
+    both. Names of parameters do not change. The model may be on the meta device: then `to_empty` and
+    `checkpoint.load_weights` follow, and no process ever holds more of it than its shard.
+
+    Args:
+        model: on any device, changed in place.
+        world: the processes that train it together.
+        options: the keys parallel.*; those left out have their defaults.
+
+    Raises:
+        UserError: when parallel.shard x parallel.replicate is not the number of processes.
     """
-    if world.size == 1:
+    options = options or ParallelConfig()
+    mesh_shape(world.size, options)
+    for block in model.model.layers:
+        if options.checkpointing != "none":
+            recompute(block, selective=options.checkpointing == "selective")
+        if options.compile:
+            block.compile(dynamic=True)  # every batch has another number of tokens
+    return shard(model, world, options)
+
+
+def recompute(block: Block, *, selective: bool) -> None:
+    """Lets a block keep its input only and run again in the backward pass, with the same dropout.
+
+    selective: it also keeps what the operators give that are expensive and narrow: attention, and the products that
+    make the values and follow attention. The two wide products of the MLP, which are most of a block's memory, queries
+    and keys, which the rotary embedding overwrites, and everything element-wise are computed again.
+    """
+    forward = block.forward
+    contexts = {"context_fn": _selective_contexts} if selective else {}
+
+    def forward_again(x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, ...]:
+        if delta is not None:
+            x = x + delta  # as the block's first norm does; here, so that one tensor is kept and not two
+        arguments = (x, None, cos, sin, attend)
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=block.dropout > 0, **contexts)
+
+    block.forward = forward_again
+
+
+_PRODUCTS = {"srlm::linear", "aten::mm"}
+_KEPT_PRODUCTS = {2, 3}  # v, o of a block's q, k, v, o, gate, up, down
+
+
+def _selective_contexts() -> tuple[Any, Any]:
+    """What `checkpoint` wants for one pass through a block: it counts the block's products."""
+    seen = {False: 0, True: 0}  # in the forward pass, when running again
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name = operator.name().partition(".")[0]
+        if name in _PRODUCTS:
+            seen[context.is_recompute] += 1
+            keep = seen[context.is_recompute] - 1 in _KEPT_PRODUCTS
+        else:
+            keep = ("attention" in name or "attn" in name) and "backward" not in name
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def mesh_shape(n_ranks: int, options: ParallelConfig) -> tuple[int, int]:
+    """(replicate, shard): copies of the model, and ranks that share one.
+
+    Raises:
+        UserError: when they are not the number of ranks.
+    """
+    per_copy = options.shard or max(1, n_ranks // options.replicate)
+    if options.replicate * per_copy != n_ranks:
+        shown = "" if options.shard is None else f" x parallel.shard={options.shard}"
+        raise UserError(
+            f"parallel.replicate={options.replicate}{shown} does not fit {n_ranks} processes: every one of replicate "
+            "copies is shared by shard of them; change these keys or --nproc-per-node"
+        )
+    return options.replicate, per_copy
+
+
+def compute_dtype(device: torch.device, options: ParallelConfig) -> torch.dtype:
+    """The dtype of products and activations: bfloat16 on a GPU, whose tensor cores want it, and float32 on a CPU, most
+    of which compute bfloat16 no faster."""
+    name = options.dtype if options.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def shard(model: Llama, world: World, options: ParallelConfig | None = None) -> nn.Module:
+    """FSDP2: every block a unit; embedding, norm and head in the root, inside whose forward the log-prob head runs.
+
+    Every rank keeps fp32 shards of parameters and gradients. Gradients are summed in fp32 over all ranks, not averaged:
+    the trainer divides by what the whole batch counts. One rank that computes in fp32: the model as it is.
+    """
+    options = options or ParallelConfig()
+    dtype = compute_dtype(world.device, options)
+    if world.size == 1 and dtype == torch.float32:
         return model
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    if not dist.is_initialized():  # one process, in which FSDP2 does nothing but the mixed precision
+        dist.init_process_group(backend(world.device), store=dist.HashStore(), rank=0, world_size=1)
+    replicate, per_copy = mesh_shape(world.size, options)
+    if replicate == 1:
+        mesh = init_device_mesh(world.device.type, (per_copy,))
+    else:
+        mesh = init_device_mesh(world.device.type, (replicate, per_copy), mesh_dim_names=("replicate", "shard"))
+    precision = MixedPrecisionPolicy()
+    if dtype != torch.float32:
+        # Inputs are not cast: the rotary tables stay fp32, and the embedding gives the stream its dtype.
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reshard: bool | int = options.reshard != "never"
+    if options.reshard == "node":
+        reshard = math.gcd(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), per_copy)
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
     for module in (*model.model.layers, model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    if options.reduce == "microbatch":
+        # Where the trainer would put off the whole reduction to the last micro-batch, only that between copies waits.
+        model.set_requires_gradient_sync = model.set_requires_all_reduce
     return model

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "pairs": set(),
     "eft": {"data", "judge"},
     "evaluate": set(),
-    "parallel": {"model"},
+    "parallel": {"config", "model"},
     "checkpoint": {"model", "rundir"},
     "convert": {"model", "checkpoint", "progress", "tokenizer"},
     "reference": {"packing", "parallel", "losses", "rundir"},

@@ -242,6 +242,50 @@ class EngineConfig:
 
 
 @dataclass
+class ParallelConfig:
+    shard: int | None = key(
+        None,
+        "processes that share one copy of weights, gradients and moments; none: all that replicate leaves",
+        operational=True,
+        least=1,
+    )
+    replicate: int = key(
+        1,
+        "copies of these; the gradients of the copies are summed (HSDP: shard within a node, copies across nodes)",
+        operational=True,
+        least=1,
+    )
+    dtype: str = key(
+        "auto",
+        "dtype of products and activations; weights, gradients and sums over processes are fp32 in any case. auto: "
+        "bfloat16 on CUDA, float32 on a CPU",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    checkpointing: str = key(
+        "none",
+        "what of a block is computed again in the backward pass: none, all is kept; selective, attention, its values "
+        "and the product behind it are kept, the MLP and what is element-wise is not; full, only its input is kept",
+        choices=("none", "selective", "full"),
+        operational=True,
+    )
+    compile: bool = key(False, "torch.compile for every block; the first steps take long", operational=True)
+    reshard: str = key(
+        "always",
+        "when the gathered weights of a block are freed: always, after its forward and after its backward; node, after "
+        "its forward down to what the processes of a node hold together; never, after its backward only",
+        choices=("always", "node", "never"),
+        operational=True,
+    )
+    reduce: str = key(
+        "step",
+        "when gradients are summed over the processes: step, once, until when each holds those of the whole model "
+        "(4 bytes a parameter); microbatch, after each, so that each holds its shard only",
+        choices=("step", "microbatch"),
+        operational=True,
+    )
+
+
+@dataclass
 class Config:
     run_dir: str = key("runs/default", "folder of the run; relative to the working directory", operational=True)
     seed: int = key(0, "every random choice derives from it")
@@ -263,3 +307,4 @@ class Config:
     dpo: DpoConfig = field(default_factory=DpoConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)

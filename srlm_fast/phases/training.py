@@ -17,7 +17,7 @@ from srlm_fast.data import read_rows
 from srlm_fast.errors import UserError
 from srlm_fast.model import Llama
 from srlm_fast.packing import Item
-from srlm_fast.parallel import shard
+from srlm_fast.parallel import parallelize
 from srlm_fast.phases import PhaseResult
 from srlm_fast.phases.data import sft_items
 from srlm_fast.progress import progress
@@ -147,7 +147,10 @@ def pair_items(path: Path) -> list[Item]:
 
 
 def _load(run: Context, weights: Path, dropout: float) -> nn.Module:
-    model = shard(Llama(run.llama, dropout=dropout).to(run.world.device), run.world)
+    """The model of a folder, ready to train; of its weights this process reads and holds its shard only."""
+    with torch.device("meta"):
+        model = Llama(run.llama, dropout=dropout)
+    model = parallelize(model, run.world, run.config.parallel).to_empty(device=run.world.device)
     checkpoint.load_weights(model, weights)
     return model
 
