@@ -61,19 +61,19 @@ class Data:
 
 
 class TextFormat(ChatFormat):
-    """No chat format: bos, the prompt as it is, the reply as it is, eos.
+    """No chat format: bos (where there is one and it is wanted), the prompt as it is, the reply as it is, eos.
 
     Prompt and reply are tokenised together; where that changes the end of the prompt, the response starts there.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, bos: bool = True) -> None:
         super().__init__(tokenizer, glue="")
+        self._start = [] if tokenizer.bos_id is None or not bos else [tokenizer.bos_id]
 
     def parts(self, messages: Sequence[Message]) -> list[str | int]:
         if len(messages) != 1 or messages[0]["role"] != "user":
             raise UserError(f"{len(messages)} chat messages in the format text; choose a chat format")
-        bos = self.tokenizer.bos_id
-        return [*([] if bos is None else [bos]), messages[0]["content"]]
+        return [*self._start, messages[0]["content"]]
 
     def encode_replies(self, messages: Sequence[Message], replies: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """Ids of the prompt and of every reply."""

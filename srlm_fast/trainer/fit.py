@@ -209,13 +209,7 @@ class Trainer:
         due = done % self.evaluation.every == 0 or done == self.total_steps
         if not due or not (self.held_out or self.evaluation.measure):
             return False
-        metrics = {}
-        if self.held_out:
-            everything = range(len(self.held_out))
-            counts = self.held_out.counts(everything)
-            baseline = self.batches.baseline(self.held_out, everything)
-            totals = self.batches.evaluate(self.held_out, everything, counts, baseline)
-            metrics, _ = self.batches.metrics(totals, counts, baseline)
+        metrics = self._measure(self.held_out) if self.held_out else {}
         if self.evaluation.measure:
             self.model.eval()
             metrics = {**metrics, **self.evaluation.measure(done)}
@@ -224,6 +218,21 @@ class Trainer:
         self.history.append({"step": done, **metrics})
         self.evaluation.report(self.history[-1])
         return True
+
+    def evaluate(self, items: Sequence[Item], reference: ReferenceCache | None = None) -> dict[str, float]:
+        """The loss and TRL's metrics of items, as one batch under the model as it is, dropout off.
+
+        Raises:
+            UserError: as the constructor.
+        """
+        return self._measure(self._examples(items, reference))
+
+    def _measure(self, examples: Examples) -> dict[str, float]:
+        everything = range(len(examples))
+        counts = examples.counts(everything)
+        baseline = self.batches.baseline(examples, everything)
+        totals = self.batches.evaluate(examples, everything, counts, baseline)
+        return self.batches.metrics(totals, counts, baseline)[0]
 
     def _ended_early(self) -> bool:
         """Whether the rule says to stop; the model then has the weights of the evaluation before."""
