@@ -49,7 +49,7 @@ def quantiles(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def peak_bytes(run: Run, device: torch.device) -> int | None:
-    """Memory that a run needs at its peak above what was there before, results that it leaves behind included.
+    """Memory that a run needs at its peak beside what was there before and the tensors that it returns.
 
     On CUDA from torch's allocator; on Linux from the resident set, whose high-water mark is reset; elsewhere None.
     """
@@ -58,8 +58,8 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
+        results = _bytes(run())
+        return torch.cuda.max_memory_allocated(device) - before - results
     try:
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
@@ -67,8 +67,12 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
     except (OSError, AttributeError):
         return None
     before = _status_bytes("VmRSS")
-    run()
-    return _status_bytes("VmHWM") - before
+    results = _bytes(run())
+    return max(0, _status_bytes("VmHWM") - before - results)
+
+
+def _bytes(results: object) -> int:
+    return sum(tensor.nbytes for tensor in results if tensor is not None) if isinstance(results, tuple) else 0
 
 
 def _status_bytes(key: str) -> int:

@@ -85,12 +85,12 @@ class _TotalLoss(torch.autograd.Function):
         dx, dw = ctx.saved_tensors
         if ctx.need_dw and ctx.main_grad is not None:
             ctx.main_grad.addcmul_(dw, grad)
-        give_dw = ctx.need_dw and ctx.main_grad is None
-        return (
-            (dx * grad).to(dx.dtype) if ctx.need_dx else None,
-            torch.mul(dw, grad, out=dw.new_empty(dw.shape, dtype=ctx.dtype)) if give_dw else None,
-            *[None] * 6,
-        )
+        scaled = None
+        if ctx.need_dw and ctx.main_grad is None:
+            scaled = dw.new_empty(dw.shape, dtype=ctx.dtype)
+            for part, out in zip(dw.chunk(16), scaled.chunk(16)):  # torch rounds from a temporary of the wide dtype
+                torch.mul(part, grad, out=out)
+        return (dx * grad).to(dx.dtype) if ctx.need_dx else None, scaled, *[None] * 6
 
 
 def row_losses(
