@@ -12,7 +12,7 @@ from torch import Tensor
 
 from srlm_fast.errors import UserError
 
-OPERATORS = ("decode_attention", "first_fit_decreasing")
+OPERATORS = ("decode_attention", "first_fit_decreasing", "decoder_generate")
 """What the shared object must hold, as torch.ops.srlm.<name>."""
 
 
