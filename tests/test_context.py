@@ -40,13 +40,19 @@ def context(tmp_path: Path, *overrides: str) -> Context:
         (["evaluate.prompts=empty.jsonl"], "empty.jsonl: no usable row"),
         (["model.path=config_only"], "model.path: no safetensors in .*config_only; .*model.random_init=true"),
         (["prompts.generator=short"], "prompts.generator=short has max_position_embeddings=100, below"),
+        (["engine.tensor_parallel=2"], "engine.tensor_parallel=2: the native engine has the whole model in"),
+        (["engine.name=vllm", "prompts.generator=wide"], "prompts.generator=wide has another shape than model.path"),
     ],
 )
 def test_what_could_only_fail_later_is_refused_at_once(tmp_path, monkeypatch, overrides, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.txt").write_text("no place")
     (tmp_path / "empty.jsonl").write_text("")
-    for name, changes in (("config_only", {}), ("short", {"max_position_embeddings": 100})):
+    for name, changes in (
+        ("config_only", {}),
+        ("short", {"max_position_embeddings": 100}),
+        ("wide", {"hidden_size": 256}),
+    ):
         (tmp_path / name).mkdir()
         shutil.copy(TINY / "tokenizer.model", tmp_path / name)
         hf = {**json.loads((TINY / "config.json").read_text()), **changes}

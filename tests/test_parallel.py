@@ -29,6 +29,24 @@ for world in worlds:
 world.exit(0)
 """
 
+GROUPS = """
+from srlm_fast.parallel import World
+world = World()
+world.form_groups(2)
+assert (world.group, world.n_groups, world.leads_group) == (world.rank // 2, 2, world.rank % 2 == 0)
+assert world.broadcast_in_group(world.rank) == world.rank // 2 * 2
+assert [world.any_in_group(world.rank == rank) for rank in range(4)] == [rank // 2 == world.group for rank in range(4)]
+taken = []
+for number in world.claims():
+    if number >= 20:
+        break
+    taken.append(number)
+everyone = world.gather(taken)
+assert everyone[0] == everyone[1] and everyone[2] == everyone[3], everyone
+assert sorted(everyone[0] + everyone[2]) == list(range(20)), everyone
+world.exit(0)
+"""
+
 
 def test_claims_start_anew_with_every_call():
     world = World()
@@ -37,11 +55,12 @@ def test_claims_start_anew_with_every_call():
 
 
 @pytest.mark.distributed
-def test_every_number_is_claimed_once(tmp_path):
-    script = tmp_path / "claim.py"
-    script.write_text(CLAIM)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize(("script", "n_ranks"), [(CLAIM, 2), (GROUPS, 4)], ids=["ranks", "groups"])
+def test_every_number_is_claimed_once(tmp_path, script, n_ranks):
+    file = tmp_path / "claim.py"
+    file.write_text(script)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
+    done = subprocess.run([*launcher, str(file)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

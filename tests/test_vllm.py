@@ -19,7 +19,7 @@ from vllm_case import CONFIG, make_model, refusal
 from srlm_fast.engine import load_engine
 from srlm_fast.engine import vllm as module
 from srlm_fast.engine.vllm_process import set_environment
-from srlm_fast.engine.vllm_weights import check_probe, counted, expected_shapes, full_tensors, untied
+from srlm_fast.engine.vllm_weights import check_probe, counted, expected_shapes, full_tensors, probe_logprobs, untied
 from srlm_fast.errors import UserError
 from srlm_fast.iterate import phases
 
@@ -77,6 +77,13 @@ def test_probe_refuses_what_differs_and_what_is_not_a_number():
         check_probe([-1.0, -2.0], [-1.2, -2.2], torch.float32)
     with pytest.raises(UserError, match="by nan nats"):
         check_probe([float("nan")], [-1.0], torch.bfloat16)
+
+
+def test_probe_of_a_model_in_training_is_without_dropout_and_compiles_nothing():
+    model, expected = make_model(0).train(), probe_logprobs(make_model(0).eval(), [1, 2, 3, 4])
+    for block in model.model.layers:
+        block.compile(backend=lambda *_: pytest.fail("compiled"))
+    assert probe_logprobs(model, [1, 2, 3, 4]) == expected and len(expected) == 3 and model.training
 
 
 @pytest.mark.parametrize(
@@ -175,7 +182,6 @@ def ranks(request, measured):
     return measured(request.param)
 
 
-each_layout = pytest.mark.usefixtures("ranks")
 vllm = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(300), installed]
 
 

@@ -94,7 +94,8 @@ def probe_logprobs(model: nn.Module, ids: list[int]) -> list[float]:
     training, device = model.training, next(model.parameters()).device
     model.eval()
     tokens = torch.tensor(ids, device=device)
-    logits = model(tokens, torch.arange(len(ids), device=device), PromptAttention([len(ids)]))
+    with torch.compiler.set_stance("force_eager"):  # where blocks are compiled, not for one short pass
+        logits = model(tokens, torch.arange(len(ids), device=device), PromptAttention([len(ids)]))
     model.train(training)
     return logits[:-1].float().log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1).tolist()
 
