@@ -78,6 +78,8 @@ class _TotalLoss(torch.autograd.Function):
         _, dx, dw = output
         ctx.save_for_backward(dx, dw)
         ctx.mark_non_differentiable(dx, dw)
+        if not torch.compiler.is_compiling():  # which lacks it; otherwise zeros as large as dW would be made
+            ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
