@@ -19,10 +19,10 @@ from srlm_fast.config import TrainConfig
 from srlm_fast.dataset import Data, TextFormat, read_items
 from srlm_fast.errors import UserError
 from srlm_fast.losses import Objective
-from srlm_fast.packing import Item, split_batch
+from srlm_fast.packing import Item
 from srlm_fast.parallel import World, shard
-from srlm_fast.reference import ReferenceCache, compute, reference_items
-from srlm_fast.trainer import Evaluation, Trainer, training_objective
+from srlm_fast.reference import ReferenceCache
+from srlm_fast.trainer import Evaluation, Trainer, reference_cache, training_objective
 
 _NO_LIMIT = 1 << 40
 _REFUSED = {
@@ -165,14 +165,8 @@ class _Trainer:
             model = self.model
             if self._reference_model is not None:
                 model = shard(as_llama(self._reference_model).to(self.world.device), self.world)
-            parts = [self.train_data.items, *([self.eval_data.items] if self.eval_data else [])]
-            items = [item for part in parts for item in reference_items(part, self.objective)]
-            plan = split_batch([item.n_tokens for item in items], config.tokens_per_microbatch, self.world.size)
-            mine = [per_rank[self.world.rank] for per_rank in plan]
-            values = list(compute(model, items, "reference", mine, device=self.world.device))
-            self._cache = ReferenceCache("reference")
-            for part in self.world.gather(values):
-                self._cache.update(part)
+            held_out = [self.eval_data.items] if self.eval_data else []
+            self._cache = reference_cache(model, config, self.train_data.items, *held_out, world=self.world)
         return self._cache
 
     def _build(self, checkpoint_dir: Path | None = None) -> Trainer:

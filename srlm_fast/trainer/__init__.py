@@ -1,6 +1,7 @@
 """The trainer: SFT and preference losses over packed items, on one process or sharded over many.
 
-    trainer = Trainer(model, items, DpoConfig(), reference=cache)
+    config = DpoConfig(loss="ipo")
+    trainer = Trainer(model, items, config, reference=reference_cache(model, config, items))
     trainer.fit()
 
 Nothing here knows of iterations, judges or engines; any list of `Item` can be trained on.
@@ -12,6 +13,7 @@ Nothing here knows of iterations, judges or engines; any list of `Item` can be t
 | `batch` | forward and backward over a batch, and its metrics |
 | `evaluation` | held-out items during training, early stopping |
 | `optimization` | the objective of a configuration, learning rates, AdamW |
+| `references` | reference log-probabilities in memory |
 | `checkpoints` | training checkpoints |
 | `machine` | FLOPs, their share of the peak, memory |
 """
@@ -19,6 +21,7 @@ Nothing here knows of iterations, judges or engines; any list of `Item` can be t
 from srlm_fast.trainer.evaluation import AgainstPrevious, Evaluation, below, worse_than_before
 from srlm_fast.trainer.fit import Trainer
 from srlm_fast.trainer.optimization import learning_rate, make_optimizer, training_objective
+from srlm_fast.trainer.references import reference_cache
 
 __all__ = [
     "AgainstPrevious",
@@ -27,6 +30,7 @@ __all__ = [
     "below",
     "learning_rate",
     "make_optimizer",
+    "reference_cache",
     "training_objective",
     "worse_than_before",
 ]
