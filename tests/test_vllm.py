@@ -129,9 +129,10 @@ class Recorder:
 
 
 @installed
-def test_order_of_calls_around_training_on_cuda(tmp_path):
+def test_order_of_calls_around_training_on_cuda(tmp_path, monkeypatch):
     engine = load_engine("vllm")
     engine._llm, engine.config, engine.cuda = Recorder(), CONFIG, True
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: engine._llm.calls.append("synchronize"))
     model = make_model(0)
     engine._prompt_logprobs = lambda ids: engine._llm.calls.append("probe") or module.probe_logprobs(model, ids)
     engine.push(model, tmp_path)
@@ -142,7 +143,7 @@ def test_order_of_calls_around_training_on_cuda(tmp_path):
     engine.push(model, tmp_path)
     during_training = len(engine._llm.calls)
     engine.submit([])
-    reload = ["collective_rpc", "reset_prefix_cache"]
+    reload = ["collective_rpc", "reset_prefix_cache", "synchronize"]
     expected = [*reload, "probe", "sleep 2", "wake_up ['weights']", *reload, "wake_up ['kv_cache']", "probe"]
     assert engine._llm.calls == expected
     assert during_training == len(expected) - 2, "the cache's memory is taken when the trainer has gone"
@@ -373,12 +374,16 @@ def test_two_replicas_killed_then_one_of_two_ranks_end_in_m3(tmp_path):
 
 
 @marked
-def test_stopped_while_it_generates_in_a_plain_process(tmp_path):
-    run_dir = tmp_path / "run"
-    process = subprocess.Popen(
-        command(run_dir, *RUN), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(process, lambda: list(islice(run_dir.glob("sft/answers/*"), 1)))
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stopped; the same command goes on from here" in errors
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_stopped_while_it_generates(tmp_path, ranks):
+    """A plain process; and one of two ranks that share a replica, which then stop together."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = command(run_dir, *RUN, f"engine.tensor_parallel={ranks or 1}", ranks=ranks)
+    with open(log, "w") as file:
+        process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=file, stderr=file)
+        wait_for(process, lambda: list(islice(run_dir.glob("sft/answers/*"), 1)))
+        os.kill(children(process.pid)[1] if ranks else process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+    assert log.read_text().count("stopped; the same command goes on from here\n") == max(ranks, 1)
+    assert process.returncode == (1 if ranks else 143)
+    assert set(re.findall(r"exitcode +: (-?\d+)", log.read_text())) == ({"143"} if ranks else set())

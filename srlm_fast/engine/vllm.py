@@ -248,6 +248,8 @@ class VllmEngine:
         self._guarded(lambda: self._llm.collective_rpc("reload_weights", kwargs=arguments))
         if not self._guarded(self._llm.reset_prefix_cache):
             raise UserError("vllm engine: the prefix cache of the old weights is in use and cannot be emptied")
+        if self.cuda:
+            torch.cuda.synchronize(self.device)  # the trainer's collectives end before vLLM's own begin
         self._has_weights = True
 
     def _wake(self, what: str) -> None:
