@@ -150,6 +150,12 @@ def test_order_of_calls_around_training_on_cuda(tmp_path, monkeypatch):
 
 
 @installed
+def test_dtype_follows_the_device():
+    assert load_engine("vllm").dtype == torch.float32 and load_engine("vllm", device="cuda").dtype == torch.bfloat16
+    assert load_engine("vllm", dtype="float16").dtype == torch.float16
+
+
+@installed
 def test_a_replica_lies_within_a_node(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
     with pytest.raises(UserError, match=r"engine.tensor_parallel=4 does not divide the 6 processes of a node"):

@@ -80,7 +80,7 @@ class VllmEngine:
         max_batch: int = 128,
         max_len: int | None = None,
         tensor_parallel: int = 1,
-        kv_cache_gib: float = 4.0,
+        kv_cache_gib: float = 8.0,
         dtype: str = "auto",
         enforce_eager: bool = False,
         device: torch.device | str = "cpu",

@@ -19,8 +19,9 @@ from srlm_fast.seeds import derive_seed
 Shapes = Mapping[str, tuple[int, ...]]
 
 PROBE_TOKENS = 32
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Largest mean difference of the probe's log-probs, in nats, by the dtype that vLLM serves."""
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+"""Largest mean difference of the probe's log-probs, in nats, by the dtype that vLLM serves. Rounding gave 1e-5 in
+float32 and 0.03 to 0.05 in bfloat16 (2 and 4 layers, trainer in float32), a head that was not replaced 14."""
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
