@@ -1,12 +1,15 @@
 """The examples do what they say."""
 
 import importlib.util
+import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from srlm_fast.dataset import COUNTS
 from srlm_fast.losses import LOSSES, LogProbs, get_objective
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,3 +44,32 @@ def test_own_method_is_short_and_a_term_like_others(own_method):
     logps = LogProbs(policy=policy, reference=reference, lengths=torch.tensor([2, 2]))
     value = own_method.focal_dpo(logps, beta=0.1, focus=objective.terms[0].options["focus"])
     assert value.item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.2))), rel=1e-6)
+
+
+def python_block(document: str, heading: str) -> str:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(rf"## {heading}\n.*?```python\n(.*?)```", text, re.S)[0]
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    exec(python_block("README.md", "The trainer alone"), {})
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "2 of 2 rows" and len(shown) == 4
+    assert (tmp_path / "runs/ipo/model.safetensors").exists()
+
+
+def test_the_example_of_the_trainers_document(tmp_path, monkeypatch, capsys, own_method):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m0").symlink_to(ROOT / "configs/tiny")
+    for name in ("pairs.jsonl", "held_out.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in own_method.PAIRS))
+    names: dict = {}
+    exec(python_block("docs/trainer.md", "The library"), names)
+    assert len(capsys.readouterr().out.splitlines()) == 1 and names["trainer"].history[0]["step"] == 1
+
+
+def test_the_trainers_document_names_every_reason():
+    text = (ROOT / "docs/trainer.md").read_text(encoding="utf-8")
+    assert COUNTS.keys() - {"rows", "kept"} <= set(re.findall(r"`(\w+)`", text))
