@@ -242,6 +242,7 @@ def test_completions_end_as_the_native_engines_do(ranks):
 def test_requests_join_the_running_batch(ranks):
     for found in ranks:
         assert found["joining"] == ["short", "late", "long"]
+        assert found["crowded"] == {"made": 40, "alone": True}
 
 
 @marked

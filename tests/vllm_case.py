@@ -190,6 +190,13 @@ class Case:
                 self.engine.submit([Request(prompt(8, 1), 1, 0.0, 1.0, 3, metadata="late")])
         return order
 
+    def crowded(self) -> Any:
+        """More prompt tokens than one step takes, each sampled with its own seed."""
+        requests = [Request(prompt(290, i), 1, 0.7, 0.9, 3, i, metadata=i) for i in range(40)]
+        made = results(self.engine.stream(requests))
+        alone = results(self.engine.stream(requests[-1:]))
+        return {"made": len(made), "alone": alone["39/0"].token_ids == made["39/0"].token_ids}
+
     def refusals(self) -> Any:
         return {
             "long": refusal(lambda: self.engine.submit([Request(prompt(MAX_LEN), metadata="essay")])),
@@ -331,6 +338,7 @@ CHECKS = (
     "wanted_logprobs",
     "stopping",
     "joining",
+    "crowded",
     "refusals",
     "vocabulary",
     "pushed",

@@ -56,6 +56,8 @@ from srlm_fast.seeds import derive_seed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_BLOCK_SIZE = 32
 """Tokens per block of the cache. vLLM takes 128 on CPUs; what prompts share beyond whole blocks is computed again."""
+CPU_BATCH_TOKENS = 4096
+"""Prompt tokens of one step on a CPU, at most."""
 
 
 class VllmEngine:
@@ -200,6 +202,8 @@ class VllmEngine:
             options |= {"enable_sleep_mode": True, "gpu_memory_utilization": min(0.9, 0.95 * free / total)}
         else:
             options["block_size"] = CPU_BLOCK_SIZE
+            # Prompts in pieces would have it rewind random generators, which those of a CPU cannot (0.32).
+            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_BATCH_TOKENS, self.max_len)}
             remove_shared_memory(self.tensor_parallel)
         try:
             with undisturbed():

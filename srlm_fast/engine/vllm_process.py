@@ -19,6 +19,8 @@ from srlm_fast.errors import UserError
 
 LOG_LINES = 12
 """Lines of vLLM's log that an error shows."""
+LINE_LENGTH = 300
+"""Characters of such a line; vLLM logs whole batches when it fails."""
 
 
 class LogTail(logging.Handler):
@@ -36,7 +38,7 @@ class LogTail(logging.Handler):
         logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(self.format(record))
+        self._lines.append(self.format(record)[:LINE_LENGTH])
 
     def shown(self) -> str:
         """For the end of a message."""
