@@ -97,6 +97,7 @@ def read_items(
     max_tokens: int,
     truncation: str = "keep_start",
     on_bad_row: str = "drop",
+    group_prompts: bool = False,
 ) -> Data:
     """The items of a source for an objective, in the order of its rows.
 
@@ -110,6 +111,8 @@ def read_items(
             keep_end: the prompt is cut at its start, the same for all responses; drop: left out. A row is left out as
             well when nothing would remain of a response (keep_start) or of the prompt (keep_end).
         on_bad_row: drop (and count) rows that are of a known layout but unusable, or stop at the first.
+        group_prompts: rows of one prompt become one item while it fits max_tokens, so that the prompt runs through the
+            network once; a batch then counts prompts, not rows.
 
     Raises:
         UserError: for a source that cannot be read, a row of no known layout, a row that the loss cannot use, a bad row
@@ -136,6 +139,8 @@ def read_items(
     _stop_if(data, on_bad_row)
     if not data.items:
         raise UserError(f"no row can be trained on: {data.summary()}")
+    if group_prompts:
+        data.items = _grouped(data.items, max_tokens)
     return data
 
 
@@ -281,6 +286,28 @@ def _cut(item: Item, max_length: int, max_tokens: int, truncation: str) -> Item:
     if most < 1:
         raise _Bad("too_long")
     return Item(prompt, responses, item.labels, item.source)
+
+
+def _grouped(items: Sequence[Item], max_tokens: int) -> list[Item]:
+    """Items of the same prompt joined, where the first of them stands, as long as they fit."""
+    groups: list[list[Item]] = []
+    newest: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt -> its last group, and the tokens of that
+    for item in items:
+        number, tokens = newest.get(item.prompt, (0, max_tokens + 1))
+        more = item.n_tokens - len(item.prompt)
+        if tokens + more <= max_tokens:
+            groups[number].append(item)
+        else:
+            groups.append([item])
+            number, tokens = len(groups) - 1, len(item.prompt)
+        newest[item.prompt] = number, tokens + more
+    return [_joined(group) for group in groups]
+
+
+def _joined(group: Sequence[Item]) -> Item:
+    responses = tuple(response for item in group for response in item.responses)
+    labels = tuple(label for item in group for label in item.labels)
+    return Item(group[0].prompt, responses, labels, ", ".join(item.source for item in group))
 
 
 def _level(lengths: list[int], room: int) -> int:

@@ -171,6 +171,7 @@ def _read(
             max_tokens=config.training.tokens_per_microbatch,
             truncation=config.truncation,
             on_bad_row=config.on_bad_row,
+            group_prompts=config.group_prompts,
         )
 
     found = {"data": read(config.data)} | ({"eval_data": read(config.eval_data)} if config.eval_data else {})

@@ -204,6 +204,22 @@ def test_the_longest_responses_are_cut_first():
         assert _level(lengths, room) == best
 
 
+def test_rows_of_one_prompt_become_one_item(plain):
+    rows = [
+        {"prompt": f"Is it {c}?", "completion": r, "label": r == "yes"} for c, r in zip("abaaba", ["yes", "no"] * 3)
+    ]
+    alone = read(rows, plain, "kto").items
+    grouped = read(rows, plain, "kto", group_prompts=True).items
+    assert [item.source for item in grouped] == ["rows[0], rows[2], rows[3], rows[5]", "rows[1], rows[4]"]
+    assert grouped[0].responses == tuple(alone[i].responses[0] for i in (0, 2, 3, 5))
+    assert grouped[0].labels == (1.0, 1.0, 0.0, 0.0) and grouped[1].labels == (0.0, 1.0)
+    tight = read(rows, plain, "kto", group_prompts=True, max_tokens=grouped[0].n_tokens - 1).items
+    assert [len(item.responses) for item in tight] == [3, 2, 1] and tight[2].prompt == tight[0].prompt
+    pairs = read([PAIR, {**PAIR, "rejected": "Maybe."}], plain, group_prompts=True).items
+    assert [plain.decode(r[:-1]) for r in pairs[0].responses] == ["Yes, it is.", "No.", "Yes, it is.", "Maybe."]
+    assert len(pairs) == 1
+
+
 def test_text_rows_are_tokenised_as_one_text(spm_folder):
     """Without a chat format prompt and reply make one text; the response starts where the prompt's tokens end."""
     tokenizer = load_tokenizer(spm_folder)

@@ -79,6 +79,37 @@ def test_micro_batches_do_not_change_the_result(name):
         torch.testing.assert_close(divided[key], whole[key], atol=1e-5, rtol=0, msg=key)
 
 
+@pytest.mark.parametrize("name", ["dpo", "ipo + 0.5 * nll", "simpo", "cream", "kto", "sft"])
+def test_pairs_of_one_prompt_in_one_item_change_nothing(name):
+    """Three pairs (or replies) of each of 4 prompts, as 12 items and as 4, all in every step; KTO's KL is of others."""
+    objective = training_objective(options(name))
+    prompts = [item.prompt for item in make_items(4, 1)]
+    alone = [
+        replace(item, prompt=prompts[i // 3]) for i, item in enumerate(make_items(12, 2 if objective.paired else 1))
+    ]
+    alone = label(alone) if objective.needs_labels else alone
+    groups = [alone[i : i + 3] for i in range(0, 12, 3)]
+    together = [
+        Item(group[0].prompt, sum((item.responses for item in group), ()), sum((item.labels for item in group), ()))
+        for group in groups
+    ]
+    found = []
+    for items in (alone, together):
+        cache = make_reference(reference_items(items, objective)) if objective.needs_reference else None
+        steps, model = [], make_model()
+        changes = {"batch_size": 12, "epochs": 1 if name == "kto" else 3, "schedule": "constant", "adam_eps": 1e-2}
+        Trainer(model, items, options(name, **changes), reference=cache, on_step=steps.append).fit()
+        found.append((steps, model))
+    ((steps, model), (grouped, other)) = found
+    assert [step["items"] for step in grouped] == [4] * len(grouped) and grouped[0]["tokens"] < steps[0]["tokens"]
+    timed = ("seconds", "tokens_per_second", "tflops", "memory_gb", "items", "tokens")
+    for step, expected in zip(grouped, steps, strict=True):
+        for key in expected.keys() - set(timed):
+            assert step[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
+    for (key, value), (_, theirs) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(theirs, value, atol=1e-5, rtol=0, msg=key)
+
+
 def test_a_weighted_sum_and_its_parts():
     _, steps = run("dpo + 0.2 * nll", changes=WHOLE)
     _, alone = run("nll", changes=WHOLE)
@@ -182,6 +213,12 @@ def test_refusals_come_before_any_work():
         Trainer(model, label(singles), options("kto"), reference=make_reference(singles))
     with pytest.raises(UserError, match="lacks .* of 4 items"):
         Trainer(model, pairs, options("ld_dpo"), reference=make_reference(pairs))
+    three = [replace(item, responses=(*item.responses, (1,))) for item in pairs]
+    four = [replace(item, responses=item.responses * 2) for item in pairs]
+    with pytest.raises(UserError, match="'dpo' compares pairs: .* item 0 has 3"):
+        Trainer(model, three, options("dpo"), reference=make_reference(three))
+    with pytest.raises(UserError, match="'ld_dpo' cuts pairs .* item 0 has 4 responses"):
+        Trainer(model, four, options("ld_dpo"), reference=make_reference(four))
     with pytest.raises(UserError, match="'nll' compares pairs"):
         Trainer(model, singles, options("nll"))
     with pytest.raises(UserError, match="sampled_alignment needs"):

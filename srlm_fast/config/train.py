@@ -41,6 +41,11 @@ class TrainRunConfig:
         "rows that cannot be used (empty reply, chosen equal to rejected, ...) are dropped and counted, or refused",
         choices=("drop", "stop"),
     )
+    group_prompts: bool = key(
+        False,
+        "rows of one prompt become one item, while it fits tokens_per_microbatch: the prompt runs through the network "
+        "once; training.batch_size then counts prompts",
+    )
     on_nonfinite: str = key(
         "stop",
         "what follows a loss or gradient that is not finite, after its batch was written to the run folder",

@@ -125,4 +125,4 @@ def _divisor(name: str, counts: Mapping[str, int]) -> int:
     group, _, which = name.partition("/")
     if group == "loss":
         return 1
-    return counts[which if which in ("chosen", "rejected") else "items"]
+    return counts[which if which in ("chosen", "rejected") else "pairs"]

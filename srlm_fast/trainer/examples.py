@@ -18,8 +18,8 @@ class Examples:
     """The items of a data set, checked for what the loss needs.
 
     Args:
-        items: for a paired loss every item has the responses (chosen, rejected), for a loss that reads labels one label
-            per response.
+        items: for a paired loss every item has the responses (chosen, rejected), or several such pairs of one prompt,
+            one after the other; for a loss that reads labels one label per response.
         objective: the loss; `name` is how messages call it.
         reference: cached log-probabilities of `reference_items`, for a loss that needs them.
         tokens_per_microbatch: most tokens of a packed forward pass.
@@ -62,10 +62,15 @@ class Examples:
         if not self.items:
             raise UserError(f"the data set for loss {self.name!r} is empty")
         for position, item in enumerate(self.items):
-            if self.objective.paired and len(item.responses) != 2:
+            if self.objective.paired and (not item.responses or len(item.responses) % 2):
                 raise UserError(
                     f"loss {self.name!r} compares pairs: every item needs a chosen and a rejected response; "
                     f"{self._where(position)} has {len(item.responses)}"
+                )
+            if self.objective.needs_heads and len(item.responses) != 2:
+                raise UserError(
+                    f"loss {self.name!r} cuts pairs to their shorter response: it needs one pair in every item; "
+                    f"{self._where(position)} has {len(item.responses)} responses"
                 )
             if not item.prompt or not all(item.responses):
                 raise UserError(
@@ -128,16 +133,17 @@ class Examples:
     def counts(self, batch: Sequence[int]) -> dict[str, int]:
         """How many of every unit, and of every group that a metric is the mean of, are in a batch."""
         items = [self.items[i] for i in batch]
+        n_responses = sum(len(item.responses) for item in items)
         counts = {
             "items": len(items),
-            "pairs": len(items),
-            "responses": sum(len(item.responses) for item in items),
+            "pairs": n_responses // 2,
+            "responses": n_responses,
             "tokens": sum(len(response) for item in items for response in item.responses),
-            "chosen_tokens": sum(len(item.responses[0]) for item in items),
-            "chosen": len(items),
-            "rejected": len(items),
+            "chosen_tokens": sum(len(response) for item in items for response in item.responses[0::2]),
+            "chosen": n_responses // 2,
+            "rejected": n_responses // 2,
         }
         if self.objective.needs_labels and not self.objective.paired:
             counts["chosen"] = sum(label > 0.5 for item in items for label in item.labels)
-            counts["rejected"] = counts["responses"] - counts["chosen"]
+            counts["rejected"] = n_responses - counts["chosen"]
         return counts

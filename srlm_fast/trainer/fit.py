@@ -38,8 +38,8 @@ class Trainer:
 
     Args:
         model: a `Llama`, sharded by `parallel.shard` or not, with fp32 parameters.
-        items: the data; for a paired loss every item has the responses (chosen, rejected), for a loss that reads
-            labels one label per response.
+        items: the data; for a paired loss every item has the responses (chosen, rejected), or several such pairs of one
+            prompt, one after the other; for a loss that reads labels one label per response.
         config: loss, optimizer, schedule and batch sizes.
         reference: cached reference log-probabilities of `reference_items`, for a loss that needs them; those of the
             evaluation's items too.
