@@ -31,7 +31,7 @@ from srlm_fast.kernels import library
 from srlm_fast.losses import Objective
 from srlm_fast.model import Llama
 from srlm_fast.packing import Item
-from srlm_fast.parallel import World, shard
+from srlm_fast.parallel import World, parallelize
 from srlm_fast.progress import progress
 from srlm_fast.reference import ReferenceCache, fill, reference_items
 from srlm_fast.rundir import RunDir, atomic_file, fingerprint, write_json
@@ -71,7 +71,9 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
         items, held_out = _read(config, objective, tokenizer, run, world)
 
         def load_model(dropout: float = 0.0) -> torch.nn.Module:
-            model = shard(Llama(llama, dropout).to(world.device), world)
+            with torch.device("meta"):
+                model = Llama(llama, dropout)
+            model = parallelize(model, world, config.parallel).to_empty(device=world.device)
             checkpoint.load_weights(model, config.model)
             return model
 

@@ -234,7 +234,7 @@ def test_every_argument_of_transformers_is_known():
     ("given", "message"),
     [
         ({"bta": 0.1}, "DPOConfig: unknown argument 'bta'; did you mean 'beta'"),
-        ({"fp16": True}, "fp16=True is not supported: weights and products are fp32"),
+        ({"fp16": True}, "fp16=True is not supported: products are bf16"),
         ({"loss_type": "sigmoidal"}, "loss_type='sigmoidal': must be one of sigmoid, "),
         ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [1]}, "1 loss_weights for 2 loss types"),
         ({"ld_alpha": 0.5, "loss_type": "ipo"}, "ld_alpha goes with loss_type='sigmoid'"),
@@ -273,8 +273,14 @@ def test_trainers_refuse_by_name(tokenizer):
         compat.SFTTrainer(hf_model(), **{**options, "train_dataset": [{"text": "a"}]})
     with pytest.raises(UserError, match="pass the tokenizer"):
         compat.DPOTrainer(hf_model(), train_dataset=PAIRS)
-    with pytest.warns(UserWarning, match="training is in fp32"):
-        compat.DPOConfig("x", bf16=True)
+
+
+def test_precision_and_memory_have_their_names():
+    for given, dtype in (({}, "auto"), ({"bf16": True}, "bfloat16"), ({"bf16": False}, "float32")):
+        assert compat.DPOConfig(**given).parallel().dtype == dtype
+    options = compat.DPOConfig(gradient_checkpointing=True, torch_compile=True).parallel()
+    assert options.checkpointing == "full" and options.compile
+    assert compat.DPOConfig().parallel().checkpointing == "none"
 
 
 def test_losses_have_their_names():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from difflib import get_close_matches
 from typing import Any
 
 from srlm_fast.config import DpoConfig, TrainConfig
+from srlm_fast.config.keys import ParallelConfig
 from srlm_fast.errors import UserError
 
 COMMON: dict[str, Any] = {
@@ -17,35 +17,36 @@ COMMON: dict[str, Any] = {
     **{"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "optim": "adamw_torch_fused"},
     **{"logging_steps": 10, "eval_strategy": "no", "eval_steps": None, "save_strategy": "steps", "save_steps": 500},
     **{"seed": 42, "data_seed": None, "max_length": 1024, "truncation_mode": "keep_start"},
+    **{"bf16": None, "gradient_checkpointing": False, "torch_compile": False},
     "tokens_per_microbatch": 8192,  # ours: most tokens of one packed forward pass
 }
 """Arguments that all configurations take, with their defaults."""
 
 PASSED_OVER = frozenset(
     """
-    activation_offloading auto_find_batch_size average_tokens_across_devices batch_eval_metrics bf16 bf16_full_eval
+    activation_offloading auto_find_batch_size average_tokens_across_devices batch_eval_metrics bf16_full_eval
     completion_only_loss dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
     dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
     dataset_num_proc dataset_text_field ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
     ddp_find_unused_parameters ddp_static_graph ddp_timeout debug disable_tqdm do_eval do_predict do_train
     enable_jit_checkpoint eval_accumulation_steps eval_do_concat_batches eval_packing eval_use_gather_object
-    fp16_full_eval full_determinism gradient_checkpointing gradient_checkpointing_kwargs group_by_length
-    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip
-    include_for_metrics include_num_input_tokens_seen is_encoder_decoder label_names length_column_name
-    liger_kernel_config local_rank log_level log_level_replica log_on_each_node logging_first_step
-    logging_nan_inf_filter logging_strategy overwrite_output_dir packing packing_strategy pad_to_multiple_of
-    pad_token padding_free padding_value per_device_eval_batch_size precompute_ref_batch_size
-    precompute_ref_log_probs prediction_loss_only project ref_model_mixup_alpha ref_model_sync_steps
-    remove_unused_columns report_to restore_callback_states_from_checkpoint router_aux_loss_coef run_name
-    save_on_each_node save_only_model save_total_limit shuffle_dataset skip_memory_metrics tf32
-    torch_compile_backend torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id
-    trackio_static_space_id train_sampling_strategy trust_remote_code use_cache use_cpu use_liger_kernel
+    fp16_full_eval full_determinism gradient_checkpointing_kwargs group_by_length hub_always_push hub_model_id
+    hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip include_for_metrics
+    include_num_input_tokens_seen is_encoder_decoder label_names length_column_name liger_kernel_config local_rank
+    log_level log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_strategy
+    overwrite_output_dir packing packing_strategy pad_to_multiple_of pad_token padding_free padding_value
+    per_device_eval_batch_size precompute_ref_batch_size precompute_ref_log_probs prediction_loss_only project
+    ref_model_mixup_alpha ref_model_sync_steps remove_unused_columns report_to
+    restore_callback_states_from_checkpoint router_aux_loss_coef run_name save_on_each_node save_only_model
+    save_total_limit shuffle_dataset skip_memory_metrics tf32 torch_compile_backend torch_compile_mode
+    torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id train_sampling_strategy
+    trust_remote_code use_cache use_cpu use_liger_kernel
     """.split()
 )
 """How others spend memory, divide batches, load data or report: there is no such choice here."""
 
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "fp16": ((None, False), "weights and products are fp32; leave it out"),
+    "fp16": ((None, False), "products are bf16 or, with bf16=False, fp32"),
     "model_init_kwargs": ((None, {}), "load the model yourself and pass it"),
     "disable_dropout": ((True,), "build the model by srlm_fast.checkpoint.load_model(dropout=...) and pass that"),
     "sync_ref_model": ((False,), "the reference is fixed"),
@@ -62,7 +63,6 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "deepspeed": ((None,), "under torchrun the model is sharded by FSDP2"),
     "fsdp": ((None, "", []), "under torchrun the model is sharded by FSDP2 without being asked"),
     "fsdp_config": ((None,), "under torchrun the model is sharded by FSDP2 without being asked"),
-    "torch_compile": ((False,), "the operators are fused already"),
     "neftune_noise_alpha": ((None,), "there is no such noise"),
     "label_smoothing_factor": ((0.0,), "label_smoothing is that of the preference losses"),
     "generate_during_eval": ((False,), "generate with srlm_fast.engine"),
@@ -116,8 +116,6 @@ class Arguments:
                 raise UserError(f"{self.name}: {name}={getattr(self, name)!r}: must be no, steps or epoch")
 
     def _refuse_or_pass(self, name: str, value: Any, known: dict[str, Any]) -> None:
-        if name == "bf16" and value:
-            warnings.warn(f"{self.name}: bf16={value}: training is in fp32", stacklevel=4)
         if name in PASSED_OVER:
             return
         if name in ONLY:
@@ -151,6 +149,14 @@ class Arguments:
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             checkpoint_every=int(self.save_steps) if self.save_strategy == "steps" else steps_per_epoch,
+        )
+
+    def parallel(self) -> ParallelConfig:
+        """Precision, recomputation and compilation. As in TRL, bf16=None is bf16 on a GPU; it is fp32 on a CPU."""
+        return ParallelConfig(
+            dtype={None: "auto", True: "bfloat16", False: "float32"}[self.bf16],
+            checkpointing="full" if self.gradient_checkpointing else "none",
+            compile=self.torch_compile,
         )
 
     def rate(self, step: int, total_steps: int) -> float:

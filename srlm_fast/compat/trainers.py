@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from srlm_fast.chat import ChatFormat, chat_format
 from srlm_fast.checkpoint import save_weights
@@ -20,7 +21,7 @@ from srlm_fast.dataset import Data, TextFormat, read_items
 from srlm_fast.errors import UserError
 from srlm_fast.losses import Objective
 from srlm_fast.packing import Item
-from srlm_fast.parallel import World, shard
+from srlm_fast.parallel import World, parallelize
 from srlm_fast.reference import ReferenceCache
 from srlm_fast.trainer import Evaluation, Trainer, reference_cache, training_objective
 
@@ -30,7 +31,7 @@ _REFUSED = {
     "compute_metrics": "the metrics are TRL's; measure others with Evaluation(measure=...) of srlm_fast.trainer",
     "callbacks": "use Trainer(on_step=..., should_stop=..., evaluation=...) of srlm_fast.trainer",
     "optimizers": "the optimizer is AdamW, its schedule that of the arguments",
-    "quantization_config": "weights are fp32",
+    "quantization_config": "weights are fp32 while they are trained",
     "peft_config": "all weights are trained; adapters are not there",
     "preprocess_logits_for_metrics": "logits are never formed whole",
     "compute_loss_func": "register the loss: docs/losses.md",
@@ -98,11 +99,13 @@ class _Trainer:
         elif self.args.eval_strategy != "no":
             raise UserError(f"{self.args.name}: eval_strategy={self.args.eval_strategy} needs an eval_dataset")
         self._reference_model: Any = None
-        self.llama = as_llama(model)
-        self.model = shard(self.llama, self.world)
+        self.model = self._parallel(model)
         self.state = SimpleNamespace(global_step=0, epoch=0.0, log_history=[])
         self._cache: ReferenceCache | None = None
         self._trainer: Trainer | None = None
+
+    def _parallel(self, model: Any) -> nn.Module:
+        return parallelize(as_llama(model).to(self.world.device), self.world, self.args.parallel())
 
     def _objective(self) -> Objective:
         return training_objective(self.args.train_config(1, 1, 1))
@@ -164,7 +167,7 @@ class _Trainer:
         if self._cache is None and self.objective.needs_reference:
             model = self.model
             if self._reference_model is not None:
-                model = shard(as_llama(self._reference_model).to(self.world.device), self.world)
+                model = self._parallel(self._reference_model)
             held_out = [self.eval_data.items] if self.eval_data else []
             self._cache = reference_cache(model, config, self.train_data.items, *held_out, world=self.world)
         return self._cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from srlm_fast.config.keys import DpoConfig
+from srlm_fast.config.keys import DpoConfig, ParallelConfig
 from srlm_fast.config.tree import key
 
 
@@ -62,3 +62,4 @@ class TrainRunConfig:
         choices=("fused", "reference"),
     )
     training: DpoConfig = field(default_factory=DpoConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
