@@ -92,10 +92,18 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
         checkpoint.save_weights(trainer.model, run / "model", dtype=torch.float32, extra_files=tokenizer.files)
         counts = {**metrics, "items": len(items), "held_out": len(held_out), "steps": int(metrics.get("step", 0))}
         _on_main(world, lambda: run.finish("train", [run / "model"], time.perf_counter() - started, counts))
-        _on_main(world, lambda: shutil.rmtree(run / "checkpoints", ignore_errors=True))
+        _on_main(world, lambda: _discard_states(run / "checkpoints"))
         return counts
     finally:
         run.unlock()
+
+
+def _discard_states(checkpoints: Path) -> None:
+    """Delete training states; a batch that was kept for inspection stays."""
+    for state in checkpoints.glob("step-*"):
+        shutil.rmtree(state)
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
 
 
 def _trainer(

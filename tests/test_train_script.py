@@ -157,6 +157,35 @@ def test_runs_share_a_reference_cache_and_stop_early(tmp_path, shared_data, mode
         run(model_folder, tmp_path / "c", data, *options, "eval_every=1", "stop_on=eval_accuracy")
 
 
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_a_batch_without_a_finite_loss_stays_in_the_run_folder(
+    tmp_path, shared_data, model_folder, monkeypatch, on_nonfinite
+):
+    """The reference of the first row's replies is infinite."""
+    from srlm_fast.reference import ReferenceCache
+
+    data = head(tmp_path / "rows.json", shared_data(DPO), 20)
+    lookup, broken = ReferenceCache.lookup, []
+
+    def broken_lookup(self, items):
+        values = lookup(self, items)
+        broken.append(items[0].source)
+        values[0] = -math.inf
+        return values
+
+    monkeypatch.setattr(ReferenceCache, "lookup", broken_lookup)
+    options = (f"on_nonfinite={on_nonfinite}", "training.max_steps=2", "training.checkpoint_every=1")
+    if on_nonfinite == "stop":
+        with pytest.raises(UserError, match="loss is .*; the batch is in .*nonfinite-step-"):
+            run(model_folder, tmp_path / "run", data, *options)
+    else:
+        assert run(model_folder, tmp_path / "run", data, *options)["steps"] == 2
+        assert (tmp_path / "run/model").exists()
+    (kept,) = (tmp_path / "run/checkpoints").glob("nonfinite-step-*.json")
+    assert broken[0] in {row["source"] for row in json.loads(kept.read_text())["items"]}
+    assert on_nonfinite == "stop" or not list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
 def test_refusals(tmp_path, model_folder, shared_data):
     data = head(tmp_path / "rows.json", shared_data(DPO), 4)
     cases = {

@@ -1,0 +1,217 @@
+"""The planner against FSDP2 on ranks that do not exist, against torch's memory trackers, and against the documents."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from srlm_fast.config import load_config
+from srlm_fast.config.keys import ParallelConfig
+from srlm_fast.errors import UserError
+from srlm_fast.model import Llama, LlamaConfig
+from srlm_fast.packing import Item, pack
+from srlm_fast.parallel import World, parallelize
+from srlm_fast.plan import GPUS, Machine, Plan, iteration_seconds, report, step_seconds
+from srlm_fast.plan.memory import GIB
+from srlm_fast.reference import token_logps
+from srlm_fast.trainer.machine import PEAK_TFLOPS, model_cost
+
+ROOT = Path(__file__).resolve().parents[1]
+BIG = LlamaConfig.named("llama2-70b")
+CONFIGS = ["llama2_7b", "llama2_13b", "llama2_70b", "llama3_8b"]
+
+
+def plan(gpus: str, *overrides: str, shape: LlamaConfig = BIG, config: str | None = None) -> Plan:
+    path = ROOT / f"configs/{config}.yaml" if config else None
+    return Plan(load_config(path, overrides), shape, Machine.parse(gpus))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    """What FSDP2 does with 70B on 16, 32 and 64 ranks, by tests/plan_case.py."""
+    out = tmp_path_factory.mktemp("plan") / "found.json"
+    script = Path(__file__).with_name("plan_case.py")
+    done = subprocess.run([sys.executable, str(script), str(out)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_shards_are_those_of_fsdp2(found):
+    assert plan("16xH100-80").n_parameters == 68_976_648_192  # Llama 2's
+    for n_ranks in (16, 32, 64):
+        ours = plan(f"{n_ranks}xH100-80")
+        for rank in (0, n_ranks - 1):
+            theirs = found[f"{n_ranks}/{rank}"]
+            assert ours.local_parameters(rank) == theirs["parameters"]
+            assert ours.training("dpo")["parameters"] == theirs["bytes"]
+    copies = plan("32xH100-80", "parallel.replicate=2")
+    assert copies.local_parameters(5) == found["32/5 hsdp"]["parameters"] == plan("16xH100-80").local_parameters()
+
+
+def test_uneven_shards_are_torchs():
+    shape = replace(BIG, vocab_size=67, hidden_size=30, intermediate_size=63, num_hidden_layers=2)
+    ours = plan("4xH100-80", shape=shape)
+    with torch.device("meta"):
+        parameters = list(Llama(shape).parameters())
+    for rank in range(4):
+        chunks = [parameter.chunk(4) for parameter in parameters]
+        assert ours.local_parameters(rank) == sum(part[rank].numel() for part in chunks if rank < len(part))
+    assert len({ours.local_parameters(rank) for rank in range(4)}) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_a_step_needs_what_the_memory_tracker_finds(found, policy):
+    """Never less than FSDP2's step on fake tensors, and at most a fifth more; gathered weights to the byte."""
+    theirs = found["peak"][policy]
+    ours = plan(
+        "16xH100-80",
+        "model.dropout=0",
+        "dpo.tokens_per_microbatch=5120",
+        f"parallel.checkpointing={policy}",
+        shape=replace(BIG, num_hidden_layers=8),
+    ).training("dpo")
+    assert ours["gathered weights"] == theirs["UNSHARDED_PARAM"] + theirs["ALL_GATHER"]
+    assert ours["parameters"] == theirs["SHARDED_PARAM"]
+    total = sum(value for name, value in ours.items() if name not in ("reserve", "moments"))
+    assert theirs["Total"] <= total <= 1.2 * theirs["Total"]
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_blocks_keep_what_is_said(policy):
+    """Bytes alive between forward and backward grow with the number of blocks as `kept_per_token` says."""
+    shape = LlamaConfig(
+        vocab_size=500,
+        hidden_size=128,
+        intermediate_size=352,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
+    batch = pack([Item(tuple(range(300)), (tuple(range(106)), tuple(range(100, 190))))])
+
+    def kept(layers: int) -> int:
+        llama = Llama(replace(shape, num_hidden_layers=layers)).train()
+        model, tracker = parallelize(llama, World(), ParallelConfig(checkpointing=policy)), MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            before = tracker.get_tracker_snapshot("current")[torch.device("cpu")]["Total"]
+            loss = token_logps(model, batch).sum()
+            after = tracker.get_tracker_snapshot("current")[torch.device("cpu")]["Total"]
+        loss.backward()
+        return after - before
+
+    ours = plan("1xH100-80", "model.dropout=0", "parallel.dtype=float32", shape=replace(shape, num_hidden_layers=1))
+    assert kept(6) - kept(2) == 4 * len(batch.input_ids) * ours.kept_per_token(policy)
+
+
+def test_memory_follows_the_keys():
+    """Changes whose effect is known."""
+
+    def training(*overrides: str, gpus: str = "16xH100-80") -> dict[str, float]:
+        return plan(gpus, "parallel.checkpointing=full", *overrides).training("dpo")
+
+    base = training()
+    assert training("dpo.moments=bf16")["moments"] == base["moments"] / 2 == base["parameters"]
+    assert training("parallel.reshard=never")["gathered weights"] == 2 * 68_976_648_192
+    several = ("dpo.batch_size=64", "dpo.tokens_per_microbatch=5120")
+    assert training(*several)["gradients"] == 4 * 68_976_648_192  # each GPU has those of the whole model
+    assert training(*several, "parallel.reduce=microbatch")["gradients"] == base["parameters"]
+    copies = training("parallel.replicate=2", gpus="32xH100-80")
+    assert copies["moments"] == base["moments"] and copies["parameters"] == base["parameters"]
+
+
+def test_engine_memory_is_of_weights_and_cache():
+    keys = ("engine.name=vllm", "engine.tensor_parallel=8", "engine.kv_cache_gib=20")
+    parts = plan("16xH100-80", *keys).generating()
+    assert parts["engine weights"] == 2 * 68_976_648_192 / 8 and parts["keys and values"] == 20 * GIB
+    assert plan("16xH100-80", *keys).cache_per_token == 320 * 1024 / 8  # 320 KiB a token
+    assert plan("16xH100-80", *keys).hand_over()["parameters"] == 4 * plan("16xH100-80").local_parameters()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations_fit_where_they_say(name):
+    text = (ROOT / f"configs/{name}.yaml").read_text()
+    gpus = re.search(rf"scripts/plan.py --config configs/{name}.yaml --gpus (\S+)", text).group(1)
+    shape = LlamaConfig.named(name.replace("_", "-"))
+    assert LlamaConfig.from_hf(json.loads((ROOT / f"configs/{name}/config.json").read_text())) == shape
+    assert plan(gpus, shape=shape, config=name).room >= 0
+
+
+def test_levers_make_it_fit_and_none_is_dispensable():
+    tight = plan("16xH100-80")
+    taken, fitting = tight.levers()
+    assert tight.room < 0 <= fitting.room and len(taken) > 3
+    for change in taken:
+        others = {name: value for other in taken if other is not change for name, value in other.items()}
+        assert tight.with_keys(others).room < 0
+    roomy = plan("16xH100-80", config="llama2_70b")
+    assert roomy.levers() == ([], roomy)
+    assert plan("2xA100-40").levers()[1].room < 0
+    assert "take more GPUs" in report(plan("2xA100-40"))
+
+
+def test_products_are_those_that_the_trainer_counts():
+    shape = LlamaConfig.named("llama2-7b")
+    ours = plan("8xH100-80", "dpo.batch_size=8", shape=shape)
+    with torch.device("meta"):
+        cost = model_cost(Llama(shape))
+    known = ours.assumptions
+    flops = 8 * (900 * cost.per_token + 700 * cost.per_target)  # pairs of 200 + 2 x 350 tokens
+    assert (known.prompt_tokens, known.answer_tokens) == (200, 350)
+    assert step_seconds(ours, "dpo")["products"] == pytest.approx(flops / (8 * 989e12 * known.training), rel=1e-4)
+    assert all(PEAK_TFLOPS[name[:4]] == gpu.tflops for name, gpu in GPUS.items())
+
+
+def test_times_move_as_they_must():
+    one, two = (plan(gpus, config="llama2_70b") for gpus in ("8xH200", "16xH200"))
+    assert sum(iteration_seconds(two).values()) < sum(iteration_seconds(one).values())
+    full = step_seconds(one, "dpo")["products"]
+    assert step_seconds(one.with_keys({"parallel.checkpointing": "none"}), "dpo")["products"] < 0.8 * full
+    for name, seconds in iteration_seconds(one).items():
+        longer = iteration_seconds(one.with_keys({"prompts.count": 2 * one.config.prompts.count}))[name]
+        assert 1.8 * seconds < longer < 2.2 * seconds, name
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "message"),
+    [
+        ("16", (), "--gpus '16': must be a number, x and one of A100-40, "),
+        ("0xH200", (), "--gpus '0xH200'"),
+        ("8xV100", (), "--gpus '8xV100'"),
+        ("8xH200", ("parallel.shard=3",), "parallel.shard=3 does not fit 8 processes"),
+        ("12xH200", ("engine.tensor_parallel=3",), "engine.tensor_parallel=3 divides 8 GPUs of a node"),
+    ],
+)
+def test_refusals(gpus, overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan(gpus, *overrides)
+
+
+def script(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts/plan.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_the_script_says_whether_it_fits():
+    config = ("--config", "configs/llama2_70b.yaml", "--gpus")
+    assert script(*config, "16xH100-80").returncode == 0
+    assert script(*config, "8xH100-80").returncode == 1
+    refused = script(*config, "8xH100")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: --gpus") and not refused.stdout
+
+
+def test_the_document_shows_what_its_commands_print():
+    text = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    python scripts/plan.py --config configs/(\w+).yaml --gpus (\S+)(.*)$", text, re.M)
+    assert len(commands) >= 3
+    for name, gpus, overrides in commands:
+        shape = LlamaConfig.named(name.replace("_", "-"))
+        assert report(plan(gpus, *overrides.split(), shape=shape, config=name)) in text, (name, gpus, overrides)
