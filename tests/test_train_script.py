@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -219,6 +221,28 @@ def script(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
         timeout=240,
         env=environment,
     )
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_state(tmp_path, shared_data, model_folder):
+    data = head(tmp_path / "rows.json", shared_data(DPO), 20)
+    command = [sys.executable, "scripts/train.py", *configured(model_folder, tmp_path / "run", data)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    long = subprocess.Popen([*command, "training.max_steps=100000"], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run/metrics.jsonl").exists() and long.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        long.send_signal(signal.SIGTERM)
+        _, stderr = long.communicate(timeout=120)
+    finally:
+        long.kill()
+    assert long.returncode == 143 and b"stopped after step" in stderr
+    (state,) = (tmp_path / "run/checkpoints").iterdir()
+    done = int(state.name.removeprefix("step-"))
+    assert done == lines(tmp_path / "run/metrics.jsonl")[-1]["step"]
+    refused = script(*configured(model_folder, tmp_path / "run", data, "training.max_steps=7"))
+    assert refused.returncode == 2 and "training.max_steps: was 100000, now 7" in refused.stderr
 
 
 @pytest.mark.slow
