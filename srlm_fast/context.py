@@ -13,6 +13,7 @@ from srlm_fast import checkpoint
 from srlm_fast.chat import chat_format
 from srlm_fast.config import GENERATORS, Config, input_paths
 from srlm_fast.data import Example, RankedPrompt, formats, prompts, read_rows
+from srlm_fast.endpoint import EndpointJudge
 from srlm_fast.engine import load_engine
 from srlm_fast.engine.base import Engine
 from srlm_fast.errors import Interrupted, UserError
@@ -66,6 +67,10 @@ class Context:
         check_vocab(self.tokenizer, self.llama.vocab_size)
         self.chat = chat_format(config.model.chat_format, self.tokenizer)
         self.judge = Judge(self.chat, config.judge, config.model.max_seq_len)
+        # Of the candidates; the EFT targets and the measured judge are always the model's own.
+        self.candidate_judge = EndpointJudge(config.judge) if config.judge.endpoint else self.judge
+        if config.judge.endpoint_model and not config.judge.endpoint:
+            raise UserError("judge.endpoint_model is set without judge.endpoint; give the server's address too")
         self.tasks_template = prompts.load_template(config.prompts.shots_template)
         self.held_out = self._read_held_out()
         self._check_losses()

@@ -133,3 +133,8 @@ def aggregate(scores: Iterable[float | None], *, min_valid: int = 1) -> float | 
     """
     valid = [score for score in scores if score is not None]
     return math.fsum(valid) / len(valid) if len(valid) >= max(1, min_valid) else None
+
+
+def mean_score(judgements: Iterable[Judgement], mode: str, min_valid: int = 1) -> float | None:
+    """`aggregate` of what `mode` (judge.mode) says decides."""
+    return aggregate((getattr(judgement, DECIDES[mode]) for judgement in judgements), min_valid=min_valid)

@@ -16,7 +16,7 @@ from srlm_fast.config import CandidatesConfig, JudgeConfig
 from srlm_fast.data import as_messages
 from srlm_fast.engine.base import Completion, Engine, Request
 from srlm_fast.errors import UserError
-from srlm_fast.judge import DECIDES, Judgement, aggregate, expected_digit, find_score, judge_prompt, load_template
+from srlm_fast.judge import Judgement, expected_digit, find_score, judge_prompt, load_template, mean_score
 from srlm_fast.seeds import derive_seed
 
 
@@ -49,6 +49,16 @@ class Judging(Protocol):
         """Called when the engine has nothing to do: whether there is more to wait for, in it or in `ready`."""
 
 
+class Scorer(Protocol):
+    """Who judges: the model itself (`Judge`), or another one (srlm_fast.endpoint)."""
+
+    def judging(self, engine: Engine, schedule: str) -> Judging:
+        """Judgements on their way, beside the answers of an engine."""
+
+    def score(self, judgements: Iterable[Judgement]) -> float | None:
+        """What they make of a reply."""
+
+
 class Judge:
     """Builds judge requests for replies and reads judgements out of their completions.
 
@@ -76,7 +86,7 @@ class Judge:
 
     def score(self, judgements: Iterable[Judgement]) -> float | None:
         """The mean of what judge.mode says decides; None with fewer than judge.min_valid of it."""
-        return aggregate((getattr(j, DECIDES[self.config.mode]) for j in judgements), min_valid=self.config.min_valid)
+        return mean_score(judgements, self.config.mode, self.config.min_valid)
 
     def prompt(self, reply: Reply) -> str:
         """The judge prompt of a reply, as text."""
@@ -235,7 +245,7 @@ def answer_each(
     seed: int,
     max_seq_len: int,
     *,
-    judge: Judge | None = None,
+    judge: Scorer | None = None,
     n: int | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Any]]:

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "dataset": {"chat", "data", "losses", "packing", "tokenizer"},
     "engine": {"engine", "model", "checkpoint", "native_ops", "kernels"},
     "rollout": {"chat", "config", "data", "engine", "judge"},
+    "endpoint": {"config", "engine", "judge", "rollout"},
     "shards": {"rundir"},
     "world": set(),
     "world_corpus": {"world"},
@@ -43,6 +44,7 @@ MAY_IMPORT = {
 """Package (or module) of srlm_fast -> what it may import of srlm_fast. Those not named may import everything."""
 ONLY_IN = {
     "vllm": "srlm_fast/engine/vllm.py",
+    "openai": "srlm_fast/endpoint.py",
     "deepspeed": "srlm_fast/parallel.py",
     "flash_attn": "kernels/attention.py",
     "transformers": "",

@@ -176,6 +176,18 @@ class JudgeConfig:
     max_score: float = key(5.0, "highest score of the scale")
     which: str = key("last", "which of several scores in one judgement counts (choice)", choices=("last", "first"))
     min_valid: int = key(1, "fewest parsable judgements that give an answer a score (choice)")
+    endpoint: str | None = key(
+        None,
+        "base URL of an OpenAI-compatible server whose model judges the candidates; none: the model judges itself",
+        operational=True,
+    )
+    endpoint_model: str | None = key(None, "name of the judging model on that server")
+    endpoint_key: str = key("OPENAI_API_KEY", "environment variable that holds the server's key", operational=True)
+    endpoint_concurrency: int = key(16, "requests to the server at a time, per process", operational=True, least=1)
+    endpoint_retries: int = key(
+        8, "tries after a failed one; the pause doubles up to 8 s, or is what the server says", operational=True
+    )
+    endpoint_timeout: float = key(300.0, "seconds that one request may take", operational=True, above=0)
 
 
 @dataclass

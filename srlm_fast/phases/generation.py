@@ -187,14 +187,16 @@ def _round(run: Context, engine: Any, pool: PromptPool, indices: range, file: Pa
 
 
 def candidates(run: Context, t: int) -> PhaseResult:
-    """M_t answers the new prompts and judges its answers; mT/candidates/shard-*.jsonl."""
+    """M_t answers the new prompts and it, or judge.endpoint, judges the answers; mT/candidates/shard-*.jsonl."""
     config, name = run.config, f"m{t}/candidates"
     engine = run.engine(run.weights(f"m{t}"))
     seed = derive_seed(config.seed, name)
+    # A server is asked by the rank that writes the records alone.
+    judge = run.candidate_judge if run.world.leads_group or run.candidate_judge is run.judge else None
 
     def work(prompts: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
         limit, options = config.model.max_seq_len, config.candidates
-        return answer_each(engine, run.chat, options, prompts, seed, limit, judge=run.judge, on_step=run.check_stop)
+        return answer_each(engine, run.chat, options, prompts, seed, limit, judge=judge, on_step=run.check_stop)
 
     files = run.shards(name, run.rows(f"m{t}/prompts.jsonl"), work)
     rows = shard_rows(run, name)
