@@ -80,11 +80,11 @@ def pack(items: Sequence[Item], device: torch.device | str = "cpu") -> PackedBat
         UserError: on an item without prompt or response tokens.
     """
     ids: list[int] = []
-    positions: list[Tensor] = []
+    positions: list[np.ndarray] = []
     starts: list[int] = []
     lens: list[int] = []
     spans: list[list[tuple[int, int]]] = []
-    rows: list[Tensor] = []
+    rows: list[np.ndarray] = []
     targets: list[int] = []
     for item in items:
         if not item.prompt or not item.responses or not all(item.responses):
@@ -94,7 +94,7 @@ def pack(items: Sequence[Item], device: torch.device | str = "cpu") -> PackedBat
             )
         prompt_start, prompt_len = len(ids), len(item.prompt)
         ids.extend(item.prompt)
-        positions.append(torch.arange(prompt_len))
+        positions.append(np.arange(prompt_len))
         starts.append(prompt_start)
         lens.append(prompt_len)
         spans.append([(prompt_start, prompt_len)])
@@ -102,19 +102,19 @@ def pack(items: Sequence[Item], device: torch.device | str = "cpu") -> PackedBat
             start, length = len(ids), len(response) - 1
             if length:
                 ids.extend(response[:-1])
-                positions.append(torch.arange(prompt_len, prompt_len + length))
+                positions.append(np.arange(prompt_len, prompt_len + length))
                 starts.append(start)
                 lens.append(length)
                 spans.append([(prompt_start, prompt_len), (start, length)])
-            rows.append(torch.tensor([prompt_start + prompt_len - 1]))
-            rows.append(torch.arange(start, start + length))
+            rows.append(np.array([prompt_start + prompt_len - 1]))
+            rows.append(np.arange(start, start + length))
             targets.extend(response)
     return PackedBatch(
-        input_ids=torch.tensor(ids, device=device),
-        positions=torch.cat(positions).to(device),
+        input_ids=torch.from_numpy(np.array(ids, dtype=np.int64)).to(device),
+        positions=torch.from_numpy(np.concatenate(positions)).to(device),
         segments=Segments(starts, lens, spans, device),
-        rows=torch.cat(rows).to(device),
-        targets=torch.tensor(targets, device=device),
+        rows=torch.from_numpy(np.concatenate(rows)).to(device),
+        targets=torch.from_numpy(np.array(targets, dtype=np.int64)).to(device),
         lengths=torch.tensor([len(r) for item in items for r in item.responses], device=device),
     )
 
