@@ -59,7 +59,7 @@ def train(case: str, world: World | None) -> dict:
     world, items = world or World(), make_items(24, 2)
     model = parallelize(make_model(dropout), world, ParallelConfig(**CASES[name]))
     steps: list[dict] = []
-    config = options("dpo", max_steps=5, tokens_per_microbatch=60)
+    config = options("dpo", max_steps=5, tokens_per_microbatch=30)
     Trainer(model, items, config, reference=make_reference(items), world=world, seed=5, on_step=steps.append).fit()
     weights = full_weights(model)
     world.barrier()
