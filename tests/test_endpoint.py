@@ -258,7 +258,7 @@ def vllm_server(bpe_folder, tmp_path_factory):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += ["--port", port, "--host", "127.0.0.1"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", 512, "--served-model-name", "tiny"]
-    command += ["--kv-cache-memory-bytes", 64 << 20]
+    command += ["--kv-cache-memory-bytes", 64 << 20, "--no-enable-chunked-prefill"]  # as in srlm_fast/engine/vllm.py
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
