@@ -300,9 +300,10 @@ void run_layers(const Model& m, const Cache& cache, const Tokens& tokens, const 
     });
     at::parallel_for(0, count, kQueriesPerTask, [&](int64_t begin, int64_t end) {
       Attention attention;
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t length = tokens.positions[t] + 1;
-        for (int64_t h = 0; h < m.kv_heads; ++h) {
+      // Head by head: what sequences or tokens share of one head stays in the processor's cache.
+      for (int64_t h = 0; h < m.kv_heads; ++h) {
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t length = tokens.positions[t] + 1;
           attention.find(cache, tokens.owner[t], l, h, length, m.head_dim);
           for (int64_t g = h * group; g < (h + 1) * group; ++g) {
             attention.run(s.qkv + t * s.qkv_width + g * m.head_dim, length, m.head_dim, scale,
