@@ -2,6 +2,9 @@
 
 import copy
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +203,29 @@ def test_models_and_references(tokenizer, tmp_path):
     again.train()
     assert again.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert isinstance(again.model, Llama) and isinstance(load_model(tmp_path / "m"), Llama)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_equal_one(bpe_folder, tmp_path):
+    """Under torchrun the model is sharded; every rank's model of transformers has the trained weights afterwards."""
+    from compat_case import train
+
+    expected = train(tmp_path / "one", bpe_folder, 4)
+    case = Path(__file__).with_name("compat_case.py")
+    (tmp_path / "two").mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(case)]
+    done = subprocess.run([*command, tmp_path / "two", bpe_folder], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"two/rank-{rank}.pt", weights_only=False)
+        for name, value in expected._given.state_dict().items():
+            torch.testing.assert_close(found["model"][name], value, atol=1e-5, rtol=0, msg=name)
+        losses = [step["loss"] for step in expected.state.log_history if "loss" in step]
+        assert [step["loss"] for step in found["history"] if "loss" in step] == pytest.approx(losses, abs=1e-5)
+        assert found["eval"]["eval_loss"] == pytest.approx(expected.evaluate()["eval_loss"], abs=1e-5)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two/saved")
+    assert torch.equal(saved.lm_head.weight, found["model"]["lm_head.weight"])
 
 
 def test_resuming(tokenizer, tmp_path, monkeypatch):

@@ -250,7 +250,8 @@ def test_sigterm_saves_the_state(tmp_path, shared_data, model_folder):
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_two_ranks_equal_one(tmp_path, shared_data, model_folder, loss):
     data = head(tmp_path / "rows.json", shared_data(DPO), 30)
-    options = (f"training.loss={loss}", "eval_share=0.2", "eval_every=4", "training.adam_eps=1e-3")
+    options = (f"training.loss={loss}", "eval_share=0.2", "eval_every=2", "training.adam_eps=1e-3")
+    options = (*options, "training.checkpoint_every=2")
     run(model_folder, tmp_path / "one", data, *options)
     done = script(*configured(model_folder, tmp_path / "two", data, *options), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]

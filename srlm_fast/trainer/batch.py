@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from srlm_fast.losses import Objective
 from srlm_fast.losses.unpaired import kl_estimate, midpoint
@@ -15,6 +16,14 @@ from srlm_fast.trainer.examples import Examples
 
 Sums = dict[str, Tensor]
 """This rank's sums over a batch, by metric."""
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 gathered: after a pass without a backward some parameters are left whole, and those are others
+    than the optimizer has and a checkpoint wants."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class Batches:
@@ -52,6 +61,7 @@ class Batches:
         for indices in examples.share(batch):
             self._micro_batch(examples, indices, counts, baseline, totals)
         self.model.train(was_training)
+        reshard(self.model)
         return totals
 
     def _micro_batch(

@@ -21,7 +21,7 @@ from srlm_fast.parallel import World
 from srlm_fast.reference import ReferenceCache
 from srlm_fast.rundir import write_json
 from srlm_fast.seeds import derive_seed
-from srlm_fast.trainer.batch import Batches
+from srlm_fast.trainer.batch import Batches, reshard
 from srlm_fast.trainer.checkpoints import Checkpoints
 from srlm_fast.trainer.evaluation import Evaluation
 from srlm_fast.trainer.examples import Examples
@@ -90,6 +90,7 @@ class Trainer:
         self.examples = self._examples(items, reference)
         self.held_out = self._examples(self.evaluation.items, reference) if self.evaluation.items else None
         self.batches = Batches(model, self.objective, self.world)
+        reshard(model)
         self.optimizer = make_optimizer(model, config, derive_seed(seed, "moments", self.world.rank) % 2**32)
         steps_per_epoch = math.ceil(len(items) / config.batch_size)
         self.total_steps = min(steps_per_epoch * config.epochs, config.max_steps or steps_per_epoch * config.epochs)
@@ -214,6 +215,7 @@ class Trainer:
             self.model.eval()
             metrics = {**metrics, **self.evaluation.measure(done)}
             self.model.train()
+            reshard(self.model)
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         self.history.append({"step": done, **metrics})
         self.evaluation.report(self.history[-1])
