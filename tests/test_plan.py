@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -195,17 +196,25 @@ def test_refusals(gpus, overrides, message):
         plan(gpus, *overrides)
 
 
-def script(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts/plan.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+def script(capsys, monkeypatch, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of scripts/plan.py."""
+    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "scripts/plan.py"), run_name="__main__")
+    return left.value.code, *capsys.readouterr()
 
 
-def test_the_script_says_whether_it_fits():
-    config = ("--config", "configs/llama2_70b.yaml", "--gpus")
-    assert script(*config, "16xH100-80").returncode == 0
-    assert script(*config, "8xH100-80").returncode == 1
-    refused = script(*config, "8xH100")
-    assert refused.returncode == 2 and refused.stderr.startswith("error: --gpus") and not refused.stdout
+def test_the_script_says_whether_it_fits(capsys, monkeypatch):
+    config = ("--config", str(ROOT / "configs/llama2_70b.yaml"), "--gpus")
+    code, shown, _ = script(capsys, monkeypatch, *config, "16xH100-80")
+    assert code == 0 and "\nIt fits." in shown and "68,976,648,192 parameters" in shown
+    code, shown, _ = script(capsys, monkeypatch, *config, "8xH100-80")
+    assert code == 1 and "take more GPUs" in shown
+    code, shown, _ = script(capsys, monkeypatch, "--model", "llama2-7b", *config, "8xH100-80", "--assume", "training=1")
+    assert code == 0 and "6,738,415,616 parameters" in shown and "training=1," in shown
+    for refused in ("8xH100", "8xH200 --assume speed=1", "8xH200 --model llama2-71b", "8xH200 parallel.shard=5"):
+        code, shown, error = script(capsys, monkeypatch, *config, *refused.split())
+        assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and not shown
 
 
 def test_the_document_shows_what_its_commands_print():

@@ -280,7 +280,9 @@ class ParallelConfig:
         choices=("none", "selective", "full"),
         operational=True,
     )
-    compile: bool = key(False, "torch.compile for every block; the first steps take long", operational=True)
+    compile: bool = key(
+        False, "torch.compile for every block; the first steps take long, and dropout draws other random numbers"
+    )
     reshard: str = key(
         "always",
         "when the gathered weights of a block are freed: always, after its forward and after its backward; node, after "
