@@ -326,7 +326,7 @@ RUN = [
     "engine.max_batch=32",
     "reference.source=rollout",
     "prompts.count=24",
-    "candidates.shard_size=2",
+    "candidates.shard_size=4",
 ]
 
 
@@ -348,16 +348,18 @@ def wait_for(process: subprocess.Popen, found, seconds: float = 200) -> None:
 
 @marked
 def test_two_replicas_killed_then_one_of_two_ranks_end_in_m3(tmp_path):
-    """Two ranks generate; one is killed while M1 writes candidates; the run goes on with tensor_parallel=2."""
-    run_dir = tmp_path / "run"
+    """Two ranks generate; one is killed while M2 writes candidates; the run goes on with tensor_parallel=2."""
+    run_dir, held_out = tmp_path / "run", tmp_path / "heldout.jsonl"
+    held_out.write_text("".join((ROOT / "configs/tiny/heldout.jsonl").read_text().splitlines(keepends=True)[:16]))
+    overrides = [*RUN, f"evaluate.prompts={held_out}"]
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command(run_dir, *RUN, ranks=2), env=ENVIRONMENT, stdout=log, stderr=log)
-        wait_for(process, lambda: list(islice(run_dir.glob("m1/candidates/shard-*.jsonl"), 1)))
+        process = subprocess.Popen(command(run_dir, *overrides, ranks=2), env=ENVIRONMENT, stdout=log, stderr=log)
+        wait_for(process, lambda: list(islice(run_dir.glob("m2/candidates/shard-*.jsonl"), 1)))
         os.kill(children(process.pid)[1], signal.SIGKILL)
         assert process.wait(timeout=90) != 0
-    assert not (run_dir / "phases/m1/candidates.json").exists(), "killed too late to test anything"
-    kept = {file: file.stat().st_mtime_ns for file in run_dir.glob("m1/candidates/shard-*.jsonl")}
-    arguments = command(run_dir, *RUN, "engine.tensor_parallel=2", ranks=2)
+    assert not (run_dir / "phases/m2/candidates.json").exists(), "killed too late to test anything"
+    kept = {file: file.stat().st_mtime_ns for file in run_dir.glob("m2/candidates/shard-*.jsonl")}
+    arguments = command(run_dir, *overrides, "engine.tensor_parallel=2", ranks=2)
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert kept and all(file.stat().st_mtime_ns == written for file, written in kept.items())
