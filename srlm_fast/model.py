@@ -166,12 +166,12 @@ NAMED_CONFIGS["llama3.1-70b"] = replace(
 
 
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
-    """Angle per position of each rotary pair: fp32 [head_dim / 2], with linear or llama3 scaling applied.
+    """Angle per position of each rotary pair: fp32 [head_dim / 2] on the CPU, with linear or llama3 scaling applied.
 
     llama3 (Llama 3.1): wavelengths longer than original / low_freq_factor are stretched by `factor`, those shorter than
     original / high_freq_factor are kept, and those between are interpolated.
     """
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float()
     inv_freq = 1.0 / (config.rope_theta ** (pairs / config.head_dim))
     scaling = config.rope_scaling or {}
     kind = _rope_type(scaling)
@@ -209,6 +209,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, which on the meta device is not filled: for random numbers there torch loads its compiler."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class Attention(nn.Module):
@@ -265,7 +273,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LlamaConfig, dropout: float) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i, dropout) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -286,7 +294,7 @@ class Llama(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.register_buffer("inv_freq", rotary_frequencies(config), persistent=False)
+        self.register_buffer("inv_freq", rotary_frequencies(config).to(torch.get_default_device()), persistent=False)
 
     def reset_buffers(self) -> None:
         """Recompute what is in no checkpoint (the rotary frequencies), as is needed after `to_empty`."""

@@ -1,12 +1,15 @@
 """The native engine against transformers, and against itself in any order, company and batch size."""
 
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from srlm_fast import native_ops
+from srlm_fast.checkpoint import save_weights
 from srlm_fast.engine import Request, load_engine
 from srlm_fast.engine.native import NativeEngine
 from srlm_fast.errors import UserError
@@ -253,6 +256,21 @@ def test_load_reads_a_folder(model, tmp_path):
     assert results(engine.stream(requests)) == results(engine_of(model).stream(requests))
     with pytest.raises(UserError, match="nowhere"):
         engine.load(tmp_path / "nowhere")
+
+
+def test_starting_loads_neither_compiler_nor_transformers(model, tmp_path):
+    """What makes a start take seconds: torch's compiler, which torch loads to fill a meta tensor, costs one alone."""
+    save_weights(model, tmp_path / "m", dtype=torch.float32)
+    code = f"""
+import sys
+from srlm_fast.engine import Request, load_engine
+engine = load_engine("native")
+engine.load({str(tmp_path / "m")!r})
+assert len(list(engine.stream([Request([1], max_new_tokens=3)]))) == 1
+slow = {{"torch._dynamo", "transformers", "vllm", "scipy"}} & sys.modules.keys()
+assert not slow, slow
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_bfloat16_follows_float32(model):
