@@ -19,7 +19,7 @@ from srlm_fast.engine.base import Engine
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.kernels import library
 from srlm_fast.model import LlamaConfig
-from srlm_fast.parallel import World
+from srlm_fast.parallel import World, mesh_shape
 from srlm_fast.progress import progress
 from srlm_fast.rollout import Judge
 from srlm_fast.rundir import RunDir
@@ -52,6 +52,7 @@ class Context:
             raise UserError("model.path is empty: name the folder of M0")
         if not config.oasst.paths:
             raise UserError("oasst.paths is empty: name at least one OASST1 file")
+        mesh_shape(world.size, config.parallel)
         self.llama: LlamaConfig = checkpoint.read_config(Path(config.model.path))
         if not config.model.random_init and not any(Path(config.model.path).glob("*.safetensors")):
             raise UserError(
@@ -130,16 +131,7 @@ class Context:
 
     def main(self, function: Callable[[], Any]) -> Any:
         """Run on rank 0 and give every rank its result, or the same UserError."""
-        result, error = None, None
-        if self.world.is_main:
-            try:
-                result = function()
-            except UserError as caught:
-                error = str(caught)
-        result, error = self.world.broadcast((result, error))
-        if error is not None:
-            raise UserError(error)
-        return result
+        return self.world.on_main(function)
 
     def check_stop(self) -> None:
         """Raise `Interrupted` after SIGTERM or SIGINT. Ranks that generate together stop together."""

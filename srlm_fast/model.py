@@ -318,7 +318,8 @@ class Llama(nn.Module):
         *,
         rows: Tensor | None = None,
         targets: Tensor | None = None,
-    ) -> Tensor:
+        entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or the log-probabilities of given targets.
 
         Args:
@@ -327,9 +328,11 @@ class Llama(nn.Module):
             attend: the attention, see `Attend`.
             rows: int64 [N], the tokens whose predictions are wanted; all T of them if None.
             targets: int64 [N], the tokens that `rows` should predict.
+            entropy: with `targets`, also give the entropies of the distributions.
 
         Returns:
-            fp32 [N] log-probabilities if `targets` is given, else logits [N, V].
+            fp32 [N] log-probabilities if `targets` is given, with `entropy` those and the entropies fp32 [N] in nats;
+            else logits [N, V].
         """
         cos, sin = rotary_table(positions, self.inv_freq.float())
         x, delta = self.model.embed_tokens(input_ids), None
@@ -339,5 +342,5 @@ class Llama(nn.Module):
             x, delta = x.index_select(0, rows), delta.index_select(0, rows)
         _, x = self.model.norm(x, delta)
         if targets is not None:
-            return linear_logprob(x, self.lm_head.weight, targets)
+            return linear_logprob(x, self.lm_head.weight, targets, return_entropy=entropy)
         return self.lm_head(x)

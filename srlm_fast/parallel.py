@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -112,6 +112,19 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """Runs on rank 0 and gives every rank its result, or the same UserError."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = function()
+            except UserError as caught:
+                error = str(caught)
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise UserError(error)
+        return result
 
     def claims(self) -> Iterator[int]:
         """0, 1, 2, ... shared out among the groups in order of asking; endless. All ranks call this alike."""
@@ -221,6 +234,14 @@ def compute_dtype(device: torch.device, options: ParallelConfig) -> torch.dtype:
     of which compute bfloat16 no faster."""
     name = options.dtype if options.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def place_in_copy(model: nn.Module, world: World) -> int:
+    """Which shard this rank holds: the same on the ranks of all copies that hold equal shards."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "device_mesh"):
+            return parameter.device_mesh.get_coordinate()[-1]
+    return world.rank
 
 
 def shard(model: Llama, world: World, options: ParallelConfig | None = None) -> nn.Module:

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from srlm_fast import checkpoint
-from srlm_fast.config import results_keys, to_dict, walk
+from srlm_fast.config import results_keys, to_dict
 from srlm_fast.config.train import TrainRunConfig
+from srlm_fast.config.tree import input_paths
 from srlm_fast.dataset import Data, read_items, training_format
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.kernels import library
@@ -59,9 +60,9 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
     objective = training_objective(config.training)
     inputs = _inputs(config)
     run, stopping = RunDir(config.run_dir), _stop_signal()
-    _on_main(world, lambda: _open(run, config, inputs))
+    world.on_main(lambda: _open(run, config, inputs))
     try:
-        record = _on_main(world, lambda: run.phase("train"))
+        record = world.on_main(lambda: run.phase("train"))
         if record is not None:
             return record["counts"]
         started = time.perf_counter()
@@ -79,7 +80,7 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
 
         cache = None
         if objective.needs_reference:
-            weights_id = _on_main(world, lambda: checkpoint.weights_id(config.model))
+            weights_id = world.on_main(lambda: checkpoint.weights_id(config.model))
             folder = Path(config.reference_cache) if config.reference_cache else run / "reference"
             cache = _reference(folder, weights_id, objective, (items, held_out), load_model, config, world, stopping)
         if cache_only:
@@ -91,8 +92,8 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
             metrics = trainer.fit()
         checkpoint.save_weights(trainer.model, run / "model", dtype=torch.float32, extra_files=tokenizer.files)
         counts = {**metrics, "items": len(items), "held_out": len(held_out), "steps": int(metrics.get("step", 0))}
-        _on_main(world, lambda: run.finish("train", [run / "model"], time.perf_counter() - started, counts))
-        _on_main(world, lambda: _discard_states(run / "checkpoints"))
+        world.on_main(lambda: run.finish("train", [run / "model"], time.perf_counter() - started, counts))
+        world.on_main(lambda: _discard_states(run / "checkpoints"))
         return counts
     finally:
         run.unlock()
@@ -120,7 +121,7 @@ def _trainer(
         return lambda metrics: run.log({"phase": phase, **metrics}) if world.is_main else None
 
     rule = worse_than_before(config.stop_on, lower_is_better=config.stop_on == "eval_loss") if config.stop_on else None
-    _on_main(world, lambda: (run / "checkpoints").mkdir(parents=True, exist_ok=True))
+    world.on_main(lambda: (run / "checkpoints").mkdir(parents=True, exist_ok=True))
     return Trainer(
         model,
         items,
@@ -199,10 +200,7 @@ def _read(
 
 def _inputs(config: TrainRunConfig) -> dict[str, list[Path]]:
     """The files and folders that the configuration names, by key."""
-    inputs = {}
-    for name, spec, value in walk(config):
-        if spec.metadata["path"] and value:
-            inputs[name] = [Path(path) for path in (value if isinstance(value, tuple) else (value,))]
+    inputs = input_paths(config)
     for name, what in (("model", "the folder of a model"), ("data", "at least one file of rows")):
         if name not in inputs:
             raise UserError(f"{name} is empty: name {what}, {name}=PATH")
@@ -222,20 +220,6 @@ def _open(run: RunDir, config: TrainRunConfig, inputs: dict[str, list[Path]]) ->
     run.lock()
     with atomic_file(run / "config.yaml") as file:
         yaml.safe_dump(to_dict(config), file, sort_keys=False)
-
-
-def _on_main(world: World, function: Callable[[], Any]) -> Any:
-    """Run on rank 0 and give every rank its result, or the same UserError."""
-    result, error = None, None
-    if world.is_main:
-        try:
-            result = function()
-        except UserError as caught:
-            error = str(caught)
-    result, error = world.broadcast((result, error))
-    if error is not None:
-        raise UserError(error)
-    return result
 
 
 def _stop_signal() -> list[bool]:

@@ -33,6 +33,7 @@ CASES: dict[str, dict] = {
     "node": {"reshard": "node", "checkpointing": "full"},
     "hsdp": {"replicate": 2},
     "hsdp, microbatch": {"replicate": 2, "shard": 2, "reduce": "microbatch", "checkpointing": "selective"},
+    "hsdp, moments": {"replicate": 2},
     "compiled": {"compile": True},
     "compiled, full": {"compile": True, "checkpointing": "full"},
     "compiled, selective": {"compile": True, "checkpointing": "selective"},
@@ -59,8 +60,13 @@ def train(case: str, world: World | None) -> dict:
     world, items = world or World(), make_items(24, 2)
     model = parallelize(make_model(dropout), world, ParallelConfig(**CASES[name]))
     steps: list[dict] = []
-    config = options("dpo", max_steps=5, tokens_per_microbatch=30)
+    moments = "bf16" if name.endswith("moments") else "fp32"
+    config = options("dpo", max_steps=5, tokens_per_microbatch=30, moments=moments)
     Trainer(model, items, config, reference=make_reference(items), world=world, seed=5, on_step=steps.append).fit()
+    if name.startswith("hsdp"):
+        parts = world.gather([parameter.to_local() for parameter in model.parameters()])
+        for mine, other in zip(parts[world.rank % 2], parts[world.rank % 2 + 2], strict=True):
+            assert torch.equal(mine, other), "copies differ"
     weights = full_weights(model)
     world.barrier()
     return {"weights": weights, "losses": [step["loss"] for step in steps]}

@@ -10,6 +10,7 @@ from training_case import build, full_weights, label, make_items, make_model, ma
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.kernels import library
 from srlm_fast.losses import get_objective
+from srlm_fast.packing import Item, pack
 from srlm_fast.reference import reference_items
 from srlm_fast.trainer import AgainstPrevious, Evaluation, Trainer, below, worse_than_before
 from srlm_fast.trainer.machine import model_cost
@@ -37,7 +38,7 @@ def test_held_out_metrics_are_those_of_a_step_on_the_held_out_items(loss):
     assert [metrics["step"] for metrics in found] == [3, 4] and trained.total_steps == 4
     items = trained.held_out.items
     reference = make_reference(reference_items(items, trained.objective))
-    expected = Trainer(trained.model, items, options(loss, max_steps=1), reference=reference).fit()
+    expected = Trainer(trained.model, items, options(loss, max_steps=1, entropy=True), reference=reference).fit()
     names = [name for name in found[-1] if name != "step"]
     assert {"eval_loss", "eval_rewards/margins", "eval_logps/chosen"} <= set(names)
     for name in names:
@@ -161,12 +162,26 @@ def test_skipping_ends_when_nothing_is_finite():
         build("sft", on_nonfinite="ignore")
 
 
+def test_entropy_is_that_of_the_response_tokens():
+    """Against full logits in plain torch, every response by itself."""
+    trainer = build("dpo", changes={"max_steps": 1, "batch_size": 24, "entropy": True})
+    model, entropies = make_model().double(), []
+    for item in trainer.items:
+        for response in item.responses:
+            ids = torch.tensor(item.prompt + response)
+            packed = pack([Item(tuple(ids[:1].tolist()), (tuple(ids[1:].tolist()),))])
+            logits = model(packed.input_ids, packed.positions, packed.attend)[len(item.prompt) - 1 :]
+            entropies.append(torch.distributions.Categorical(logits=logits).entropy())
+    expected = torch.cat(entropies)
+    assert len(expected) == sum(len(response) for item in trainer.items for response in item.responses)
+    assert trainer.fit()["entropy"] == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
 def test_cost_counts_every_product():
     """Against torch's own counter over forward and backward, without kernels."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from srlm_fast.kernels.attention import Segments
-    from srlm_fast.packing import pack
     from srlm_fast.reference import token_logps
 
     model, items = make_model(), make_items(6, 2)

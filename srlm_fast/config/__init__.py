@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from srlm_fast.config import tree
 from srlm_fast.config.keys import (
     GENERATORS,
     CandidatesConfig,
@@ -94,11 +95,8 @@ def results_keys(config: Config) -> dict[str, Any]:
 
 
 def input_paths(config: Config) -> dict[str, list[Path]]:
-    """The files and folders that the configuration reads, by key; empty ones are left out."""
-    named = {}
-    for name, spec, value in walk(config):
-        if spec.metadata["path"] and not spec.metadata["operational"] and value:
-            named[name] = [Path(p) for p in (value if isinstance(value, tuple) else (value,))]
+    """`tree.input_paths`, and the generator of new prompts where it is a folder."""
+    named = tree.input_paths(config)
     if config.prompts.generator not in GENERATORS:
         named["prompts.generator"] = [Path(config.prompts.generator)]
     return named

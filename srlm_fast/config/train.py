@@ -52,7 +52,10 @@ class TrainRunConfig:
         choices=("stop", "skip"),
     )
     reference_cache: str | None = key(
-        None, "folder of reference log-probs that several runs share; none: in the run folder", operational=True
+        None,
+        "folder of reference log-probs that several runs share; none: in the run folder",
+        path=True,
+        operational=True,
     )
     dropout: float = key(0.0, "dropout while training, on the outputs of attention and MLP", below=1)
     seed: int = key(0, "data order and dropout derive from it")

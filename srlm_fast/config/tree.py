@@ -182,6 +182,15 @@ def _coerce(value: Any, hint: Any, dotted: str, source: str) -> Any:
     raise UserError(f"{source}: {dotted}={value!r}: must be {wanted}")
 
 
+def input_paths(tree: Any) -> dict[str, list[Path]]:
+    """The files and folders that a configuration reads, by key; empty ones and operational ones are left out."""
+    named = {}
+    for name, spec, value in walk(tree):
+        if spec.metadata["path"] and not spec.metadata["operational"] and value:
+            named[name] = [Path(path) for path in (value if isinstance(value, tuple) else (value,))]
+    return named
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dict, as is written to config.yaml (tuples become lists)."""
     return json.loads(json.dumps(asdict(config)))

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from srlm_fast.losses import Objective
 from srlm_fast.losses.unpaired import kl_estimate, midpoint
 from srlm_fast.parallel import World
-from srlm_fast.reference import sequence_logps, token_logps
+from srlm_fast.reference import sequence_logps
 from srlm_fast.trainer.examples import Examples
 
 Sums = dict[str, Tensor]
@@ -27,10 +27,10 @@ def reshard(model: nn.Module) -> None:
 
 
 class Batches:
-    """Runs an objective over batches of examples."""
+    """Runs an objective over batches of examples; `entropy` says whether its metrics while training have that too."""
 
-    def __init__(self, model: nn.Module, objective: Objective, world: World) -> None:
-        self.model, self.objective, self.world = model, objective, world
+    def __init__(self, model: nn.Module, objective: Objective, world: World, *, entropy: bool = False) -> None:
+        self.model, self.objective, self.world, self.entropy = model, objective, world, entropy
 
     def train(
         self,
@@ -78,10 +78,18 @@ class Batches:
         if baseline is not None:
             data["baseline"] = torch.tensor(baseline, device=self.world.device)
         reference = data.pop("reference", None)
-        values, logps = self.objective.evaluate(token_logps(self.model, packed), packed.lengths, reference, **data)
+        inputs = packed.input_ids, packed.positions, packed.attend
+        entropies = None
+        if self.entropy or not torch.is_grad_enabled():
+            tokens, entropies = self.model(*inputs, rows=packed.rows, targets=packed.targets, entropy=True)
+        else:
+            tokens = self.model(*inputs, rows=packed.rows, targets=packed.targets)
+        values, logps = self.objective.evaluate(tokens, packed.lengths, reference, **data)
         weight = float(bool(indices))
         loss = self.objective.total(values, counts) * weight
         sums = {"loss": loss.detach()}
+        if entropies is not None:
+            sums["entropy"] = entropies.detach().sum() * weight
         if len(values) > 1:
             for term in self.objective.terms:
                 sums[f"loss/{term.name}"] = values[term.name].detach().sum() * (weight / counts[term.loss.unit])
@@ -133,6 +141,6 @@ class Batches:
 def _divisor(name: str, counts: Mapping[str, int]) -> int:
     """What turns the sum of a metric over the batch into its mean; 0 where the batch has nothing of the kind."""
     group, _, which = name.partition("/")
-    if group == "loss":
-        return 1
+    if group in ("loss", "entropy"):
+        return {"loss": 1, "entropy": counts["tokens"]}[group]
     return counts[which if which in ("chosen", "rejected") else "pairs"]

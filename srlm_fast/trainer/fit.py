@@ -17,7 +17,7 @@ from torch import nn
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.packing import Item, epoch_order
-from srlm_fast.parallel import World
+from srlm_fast.parallel import World, place_in_copy
 from srlm_fast.reference import ReferenceCache
 from srlm_fast.rundir import write_json
 from srlm_fast.seeds import derive_seed
@@ -89,9 +89,10 @@ class Trainer:
         self.objective = training_objective(config)
         self.examples = self._examples(items, reference)
         self.held_out = self._examples(self.evaluation.items, reference) if self.evaluation.items else None
-        self.batches = Batches(model, self.objective, self.world)
+        self.batches = Batches(model, self.objective, self.world, entropy=config.entropy)
         reshard(model)
-        self.optimizer = make_optimizer(model, config, derive_seed(seed, "moments", self.world.rank) % 2**32)
+        rounding = derive_seed(seed, "moments", place_in_copy(model, self.world))
+        self.optimizer = make_optimizer(model, config, rounding % 2**32)
         steps_per_epoch = math.ceil(len(items) / config.batch_size)
         self.total_steps = min(steps_per_epoch * config.epochs, config.max_steps or steps_per_epoch * config.epochs)
         self.steps_per_epoch = steps_per_epoch
