@@ -7,7 +7,7 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -21,8 +21,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def alternate(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every run, `rounds` times each, after one round of warm-up.
+def alternate(
+    runs: Mapping[str, Run], rounds: int, device: torch.device, once: Collection[str] = ()
+) -> dict[str, list[float]]:
+    """Seconds of every run, `rounds` times each, after one round of warm-up; those named in `once` run once, cold.
 
     Every round runs all of them, each time beginning with another, so that a slow spell of the machine meets all alike.
     """
@@ -31,6 +33,8 @@ def alternate(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dic
     for turn in range(rounds + 1):
         for i in range(len(names)):
             name = names[(i + turn) % len(names)]
+            if name in once and turn != 1:
+                continue
             synchronize(device)
             started = time.perf_counter()
             runs[name]()

@@ -21,7 +21,6 @@ constexpr int64_t kRows = 256;       // in a tile of logits, which then is 128 K
 constexpr int64_t kSlices = 16;      // of the vocabulary with statistics of their own
 constexpr int64_t kMostRows = 2048;  // with statistics in memory at a time
 constexpr int64_t kDwRows = 512;     // that a block of dW is summed over at a time
-constexpr int64_t kDepth = 1024;     // columns of U that dX is summed over at a time
 constexpr int64_t kMostElements = 4 << 20;  // of U at a time: more leave the cache
 constexpr int64_t kLanes = Vec<float>::size();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
@@ -42,15 +41,20 @@ void make_logits(const T* x, int64_t ldx, int64_t rows, int64_t cols, int64_t k,
   }
 }
 
-// Adds a row's tile to the running maxima, one for every lane, and to the sums of e^(z - max).
-void absorb(const float* z, int64_t vectors, const Vec<float>& scale, float* max, float* others) {
+// Adds a row's tile of kCols columns to the running maxima, one for every lane, and to the sums of e^(z - max).
+inline void absorb(const float* z, const Vec<float>& scale, float* max, float* others) {
+  constexpr int64_t vectors = kCols / kLanes;
   const Vec<float> before = load(max);
-  Vec<float> m = before;
-  for (int64_t i = 0; i < vectors; ++i) m = at::vec::maximum(m, load(z + i * kLanes) * scale);
-  Vec<float> sums[2] = {load(others) * exp<float>(before - m), Vec<float>(0)};
-  for (int64_t i = 0; i < vectors; ++i) sums[i % 2] += exp<float>(load(z + i * kLanes) * scale - m);
+  Vec<float> m = before, scaled[vectors], sums[2] = {Vec<float>(0), Vec<float>(0)};
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < vectors; ++i) {
+    scaled[i] = load(z + i * kLanes) * scale;
+    m = at::vec::maximum(m, scaled[i]);
+  }
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < vectors; ++i) sums[i % 2] += exp<float>(scaled[i] - m);
   m.store(max);
-  (sums[0] + sums[1]).store(others);
+  at::vec::fmadd(load(others), exp<float>(before - m), sums[0] + sums[1]).store(others);
 }
 
 // loss and lse of a row from the maxima and sums of all slices, `stride` floats apart.
@@ -93,7 +97,7 @@ void losses_(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target,
       std::fill_n(own_others, rows * kLanes, 0.0f);
       const int64_t end = std::min(vocab, (slice + 1) * slice_size);
       for (int64_t v = slice * slice_size; v < end; v += kCols) {
-        const int64_t cols = std::min(kCols, end - v), vectors = tiles(cols, kLanes);
+        const int64_t cols = std::min(kCols, end - v);
         pack_for_logits(w_data + v * ldw, ldw, cols, k, packed.get());
         for (int64_t r = 0; r < rows; r += kRows) {
           const int64_t size = std::min(kRows, rows - r);
@@ -101,12 +105,12 @@ void losses_(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target,
           for (int64_t i = r; i < r + size; ++i) {
             float* const row = z.get() + (i - r) * kCols;
             const int64_t y_here = y[start + i] - v;
-            std::fill(row + cols, row + vectors * kLanes, kLowest);
+            std::fill(row + cols, row + kCols, kLowest);
             if (y_here >= 0 && y_here < cols) {
               z_y[i] = row[y_here] * scale;
               row[y_here] = kLowest;  // its exponential is 0
             }
-            absorb(row, vectors, Vec<float>(scale), own_max + i * kLanes, own_others + i * kLanes);
+            absorb(row, Vec<float>(scale), own_max + i * kLanes, own_others + i * kLanes);
           }
         }
       }
@@ -276,19 +280,15 @@ class Gradients {
 
   // dX += U W for the first `cols` columns of unit_.
   void add_to_dx(int64_t cols, bool add) {
-    constexpr int64_t group = 4;  // tiles of D in a task
-    const int64_t groups = tiles(d_tiles_, group);
+    constexpr int64_t group = 2;  // tiles of D in a task: more would push the rows of U out of the core's own cache
+    const int64_t groups = tiles(d_tiles_, group), k = round_to_pairs<T>(cols);
     const T *unit = unit_.template const_data_ptr<T>(), *packed = packed_w_.template const_data_ptr<T>();
     float* const sums = sums_.template mutable_data_ptr<float>();
     for_each_task<T>(tiles(n_rows_, kRows) * groups, [&](int64_t task) {
       const int64_t r = task / groups * kRows, rows = std::min(kRows, n_rows_ - r), first = task % groups * group;
-      for (int64_t v = 0; v < cols; v += kDepth) {
-        const int64_t k = round_to_pairs<T>(std::min(kDepth, cols - v));
-        for (int64_t d = first; d < std::min(d_tiles_, first + group); ++d) {
-          product(rows, std::min(kTile, dim_ - d * kTile), k, unit + r * ldu_ + v, ldu_,
-                  packed + (d * most_cols_ + v) * kTile, sums + (r * d_tiles_ + d * kRows) * kTile, kTile,
-                  add || v > 0);
-        }
+      for (int64_t d = first; d < std::min(d_tiles_, first + group); ++d) {
+        product(rows, std::min(kTile, dim_ - d * kTile), k, unit + r * ldu_, ldu_, packed + d * most_cols_ * kTile,
+                sums + (r * d_tiles_ + d * kRows) * kTile, kTile, add);
       }
     });
   }

@@ -48,7 +48,7 @@ inline void store(T* to, const Vec<T>& x, int64_t n = Vec<T>::size()) {
 // e^x within 2 ulp. AVX-512 has 2^n as one instruction, with which half of the library function's time is saved:
 // 2^n * e^r with |r| <= ln(2) / 2 and the Taylor polynomial of degree 7 for e^r.
 template <typename T>
-inline Vec<T> exp(const Vec<T>& x) {
+[[gnu::always_inline]] inline Vec<T> exp(const Vec<T>& x) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<Wide<T>, float>) {
     using at::vec::fmadd;

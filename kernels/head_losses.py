@@ -84,6 +84,8 @@ class _TotalLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _dx, _dw):
+        if grad is None:  # of a loss that nothing depends on
+            return (None,) * 8
         dx, dw = ctx.saved_tensors
         if ctx.need_dw and ctx.main_grad is not None:
             ctx.main_grad.addcmul_(dw, grad)

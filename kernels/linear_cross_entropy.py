@@ -73,7 +73,7 @@ def linear_cross_entropy(
         softcap: bound of the logits' absolute values, 0 for none (Gemma 2, arXiv:2408.00118).
         rows: int64, the distinct rows that count, in place of a look at `ignore_index`; made where the batch is packed
             it spares the one wait for the device that finding them among targets on a GPU costs.
-        chunk_bytes: largest kept U, and largest logits and U of a chunk; None: 48 MiB on the CPU, else 2 GiB.
+        chunk_bytes: largest kept U, and largest logits and U of a chunk; None: 128 MiB on the CPU, else 2 GiB.
         main_grad: fp32 (fp64) [V, D] that the weight's gradient is added to; autograd then gives the weight none.
         check_targets: look for targets out of range on a GPU too, which waits for it. Unnoticed they give NaN.
 

@@ -51,7 +51,7 @@ def linear_logprob(
         temperature: divides the (capped) logits.
         softcap: bound of the logits' absolute values, 0 for none (Gemma 2, arXiv:2408.00118).
         return_entropy: also return the entropy of each row's distribution.
-        chunk_bytes: largest kept U, and largest logits and U of a chunk; None: 48 MiB on the CPU, else 2 GiB.
+        chunk_bytes: largest kept U, and largest logits and U of a chunk; None: 128 MiB on the CPU, else 2 GiB.
         main_grad: fp32 (fp64) [V, D] that the weight's gradient is added to; autograd then gives the weight none.
         group: ranks that share the vocabulary.
         vocab_size: V of the whole vocabulary; needed with `group`.

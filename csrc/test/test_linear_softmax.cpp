@@ -43,8 +43,6 @@ bool close(const at::Tensor& ours, const at::Tensor& exact, double tolerance, co
 bool check(at::ScalarType dtype, int64_t n, int64_t v, int64_t d, const Options& o) {
   const bool is_double = dtype == at::kDouble;
   const double sums = is_double ? 1e-13 : 4e-6, tolerance = is_double ? 1e-13 : dtype == at::kFloat ? 4e-6 : 5e-3;
-  // Rows of a small bf16 dW may all but cancel, once g x and the sum are rounded.
-  const double dw_tolerance = dtype == at::kBFloat16 ? (n < 10 ? 0.2 : 1e-2) : tolerance;
   const at::Tensor x = at::randn({n, d}).to(dtype), w = at::randn({v, d}).to(dtype);
   const at::Tensor target = at::randint(v, {n}, at::kLong);
   const at::TensorOptions wide = at::TensorOptions().dtype(is_double ? at::kDouble : at::kFloat);
@@ -66,9 +64,13 @@ bool check(at::ScalarType dtype, int64_t n, int64_t v, int64_t d, const Options&
                                                true, chunk_rows);
         };
         const auto [dx, dw] = backward(std::nullopt);
-        good &= close(dx, at::mm(u, wd), tolerance, "dx") && close(dw, at::mm(u.t(), xd), dw_tolerance, "dw");
+        good &= close(dx, at::mm(u, wd), tolerance, "dx");
         good &= std::get<1>(backward(main_grad)).size(0) == 0;
         good &= close(main_grad, at::mm(u.t(), xd) + 1, tolerance, "main_grad");
+        // In bf16 the rows of a small dW may all but cancel, but they are one rounding away from the fp32 sum.
+        const bool narrow = dtype == at::kBFloat16;
+        const at::Tensor sum = narrow ? main_grad.to(at::kDouble) - 1 : at::mm(u.t(), xd);
+        good &= close(dw, sum, narrow ? 3e-3 : tolerance, "dw");
       }
     }
     const auto [loss, dx, dw] = srlm::linear_softmax_gradients(
