@@ -18,6 +18,9 @@ from srlm_fast.kernels.linear_softmax import (
 )
 from srlm_fast.kernels.softmax_rows import Softmax
 
+NARROW = 1024
+"""Columns below which bf16 rows on the CPU are made again in the backward: as fast as keeping U, in less memory."""
+
 
 class _RowLosses(torch.autograd.Function):
     """Loss and entropy per row, for any upstream gradient."""
@@ -97,6 +100,12 @@ class _TotalLoss(torch.autograd.Function):
         return (dx * grad).to(dx.dtype) if ctx.need_dx else None, scaled, *[None] * 6
 
 
+def _made_again(x: Tensor, softmax: Softmax) -> bool:
+    """Whether bf16 logits on the CPU are rather made again in the cache, tile by tile, than their gradients kept."""
+    plain = softmax == Softmax(softmax.temperature)
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.dtype in TILED and plain and x.shape[1] < NARROW
+
+
 def row_losses(
     x: Tensor,
     weight: Tensor,
@@ -107,9 +116,13 @@ def row_losses(
     chunk_bytes: int,
     main_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [N] of all rows, and their entropies if asked for; U is kept if it fits into `chunk_bytes`."""
+    """Losses [N] of all rows, and their entropies if asked for.
+
+    U is kept if it fits into `chunk_bytes`, but for narrow rows in bf16 on the CPU.
+    """
     keep, forward_rows, backward_rows = plan(x.shape[0], weight.shape[0], weight.dtype, chunk_bytes)
     keep = keep and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    keep = keep and (entropy or not _made_again(x, softmax))
     options = (main_grad, softmax, entropy, keep, forward_rows, backward_rows)
     loss, _, entropies, _ = _RowLosses.apply(x.contiguous(), weight, target, *options)
     return loss, entropies
@@ -122,12 +135,12 @@ def total_loss(
 
     Not so on CUDA if U fits into `chunk_bytes`: one product for dW is faster than a sum over chunks. Nor on the CPU in
     fp32, where making U again in the cache costs little time and saves the fp32 dW between forward and backward, and in
-    bf16 if that dW does not fit into `chunk_bytes`.
+    bf16 for narrow rows or if that dW does not fit into `chunk_bytes`.
     """
     by_rows, _, backward_rows = plan(x.shape[0], weight.shape[0], weight.dtype, chunk_bytes)
     if x.device.type == "cpu":
         tiled = x.dtype in TILED and softmax == Softmax(softmax.temperature)
-        by_rows = tiled and (x.dtype == torch.float32 or weight.numel() * 4 > chunk_bytes)
+        by_rows = tiled and (x.dtype == torch.float32 or _made_again(x, softmax) or weight.numel() * 4 > chunk_bytes)
     if by_rows or not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
         return row_losses(x, weight, target, softmax, chunk_bytes=chunk_bytes, main_grad=main_grad)[0].sum()
     options = (main_grad, softmax, x.requires_grad, weight.requires_grad, backward_rows)
