@@ -86,7 +86,7 @@ def main() -> None:
     best = statistics.median(result["steps"] + result["reference"] for result in ours)
     for name, found in results.items():
         kind, _, number = name.partition("/")
-        shown = {"trl": f"TRL, {number} pairs a pass", "levers": LEVERS[int(number or 0)]}.get(kind, "srlm-fast")
+        shown = f"TRL, {number} pairs a pass" if kind == "trl" else LEVERS[int(number)] if number else "srlm-fast"
         if found:
             print(row(shown, found, len(items), best, ours[0]["losses"]))
 

@@ -87,10 +87,10 @@ def trl(folder: Path, batch_size: int, pairs_per_pass: int) -> dict:
 
     model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa")
     words = {str(i): i for i in range(model.config.vocab_size)}
-    words["</s>"] = words.pop(str(EOS))
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
+    words["</s>"], words["<pad>"] = words.pop(str(EOS)), words.pop("0")
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    processing = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="0")
+    processing = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
 
     def text(ids: tuple[int, ...]) -> str:
         return " ".join(map(str, ids)) + " "
