@@ -19,7 +19,7 @@ from vllm_case import CONFIG, make_model, refusal
 from srlm_fast.engine import load_engine
 from srlm_fast.engine import vllm as module
 from srlm_fast.engine.vllm_process import set_environment
-from srlm_fast.engine.vllm_weights import check_probe, counted, expected_shapes, full_tensors, probe_logprobs, untied
+from srlm_fast.engine.vllm_weights import Probe, counted, expected_shapes, full_tensors, take_probe, untied
 from srlm_fast.errors import UserError
 from srlm_fast.iterate import phases
 
@@ -71,19 +71,22 @@ def test_tensors_come_in_the_dtype_that_is_served():
 
 
 def test_probe_refuses_what_differs_and_what_is_not_a_number():
-    check_probe([-1.0, -2.0], [-1.001, -2.0], torch.float32)
-    check_probe([-1.0, -2.0], [-1.2, -2.2], torch.bfloat16)
+    trained = Probe([5, 1, 2], [-1.0, -2.0], torch.float32)
+    trained.check([-1.001, -2.0], torch.float32)
+    trained.check([-1.2, -2.2], torch.bfloat16)
+    Probe([5, 1, 2], [-1.0, -2.0], torch.bfloat16).check([-1.2, -2.2], torch.float32)
     with pytest.raises(UserError, match=r"differ from the trainer's by 0.2 nats on average \(0.2 at most\)"):
-        check_probe([-1.0, -2.0], [-1.2, -2.2], torch.float32)
+        trained.check([-1.2, -2.2], torch.float32)
     with pytest.raises(UserError, match="by nan nats"):
-        check_probe([float("nan")], [-1.0], torch.bfloat16)
+        trained.check([float("nan"), -2.0], torch.bfloat16)
 
 
 def test_probe_of_a_model_in_training_is_without_dropout_and_compiles_nothing():
-    model, expected = make_model(0).train(), probe_logprobs(make_model(0).eval(), [1, 2, 3, 4])
+    model, expected = make_model(0).train(), take_probe(make_model(0).eval(), [1, 2, 3, 4])
     for block in model.model.layers:
         block.compile(backend=lambda *_: pytest.fail("compiled"))
-    assert probe_logprobs(model, [1, 2, 3, 4]) == expected and len(expected) == 3 and model.training
+    assert take_probe(model, [1, 2, 3, 4]) == expected and len(expected.logprobs) == 3 and model.training
+    assert expected.dtype == torch.float32 and take_probe(model.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,7 @@ def test_order_of_calls_around_training_on_cuda(tmp_path, monkeypatch):
     engine._llm, engine.config, engine.cuda = Recorder(), CONFIG, True
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: engine._llm.calls.append("synchronize"))
     model = make_model(0)
-    engine._prompt_logprobs = lambda ids: engine._llm.calls.append("probe") or module.probe_logprobs(model, ids)
+    engine._prompt_logprobs = lambda ids: engine._llm.calls.append("probe") or module.take_probe(model, ids).logprobs
     engine.push(model, tmp_path)
     engine.submit([])
     engine.sleep()

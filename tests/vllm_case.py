@@ -22,7 +22,7 @@ from torch import nn
 from srlm_fast.checkpoint import save_weights
 from srlm_fast.engine import Completion, Request, load_engine
 from srlm_fast.engine import vllm as module
-from srlm_fast.engine.vllm_weights import probe_logprobs
+from srlm_fast.engine.vllm_weights import take_probe
 from srlm_fast.errors import UserError
 from srlm_fast.model import Llama, LlamaConfig
 from srlm_fast.parallel import World, shard
@@ -105,7 +105,7 @@ class Case:
         worst = 0.0
         for c in completions:
             ids = [*c.request.prompt_ids, *c.token_ids]
-            expected = probe_logprobs(self.whole[name], ids)[len(c.request.prompt_ids) - 1 :]
+            expected = take_probe(self.whole[name], ids).logprobs[len(c.request.prompt_ids) - 1 :]
             worst = max(worst, *(abs(a - b) for a, b in zip(c.logprobs, expected, strict=True)))
         return worst
 
@@ -163,7 +163,7 @@ class Case:
             assert len(c.extra_logprobs) == (len(c.token_ids) if ids else 0)
             for step, row in enumerate(c.extra_logprobs):
                 before = [*c.request.prompt_ids, *c.token_ids[:step]]
-                expected = [probe_logprobs(self.whole["A"], [*before, token])[-1] for token in ids]
+                expected = [take_probe(self.whole["A"], [*before, token]).logprobs[-1] for token in ids]
                 worst = max(worst, *(abs(a - b) for a, b in zip(row, expected, strict=True)))
         return worst
 

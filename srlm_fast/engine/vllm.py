@@ -40,13 +40,12 @@ from srlm_fast.engine.vllm_process import (
     undisturbed,
 )
 from srlm_fast.engine.vllm_weights import (
+    Probe,
     check_names,
-    check_probe,
     counted,
     expected_shapes,
     full_tensors,
-    probe_ids,
-    probe_logprobs,
+    take_probe,
     untied,
 )
 from srlm_fast.errors import UserError
@@ -108,7 +107,7 @@ class VllmEngine:
         self._seen = _digest()  # of requests and tokens so far, the same on all ranks of a group
         self._asleep: set[str] = set()  # of "weights", "kv_cache"
         self._has_weights = False
-        self._probe: tuple[Path, list[int], list[float]] | None = None  # of a folder; compared before the first request
+        self._probe: tuple[Path, Probe] | None = None  # of a folder; compared before the first request
         self._failed: str | None = None
 
     # ------------------------------------------------------------------------------------------------------- protocol
@@ -139,8 +138,7 @@ class VllmEngine:
         if started:
             self._check_shape(model.config, "the model")
             self._receive(full_tensors(model, self.dtype))
-        ids = probe_ids(model.config.vocab_size)
-        self._probe = Path(folder), ids, probe_logprobs(model, ids)
+        self._probe = Path(folder), take_probe(model)
         return started  # if not, it starts when the trainer's memory is free again
 
     def submit(self, requests: Iterable[Request]) -> None:
@@ -272,10 +270,10 @@ class VllmEngine:
             raise UserError(f"vllm engine: {why}; call load() or push() first (sleep() drops weights)")
         self._wake("kv_cache")
         if self._probe is not None:
-            (_, ids, trained), self._probe = self._probe, None
-            served = self._prompt_logprobs(ids)
+            (_, probe), self._probe = self._probe, None
+            served = self._prompt_logprobs(probe.ids)
             self._has_weights = False
-            check_probe(served, trained, self.dtype)
+            probe.check(served, self.dtype)
             self._has_weights = True
 
     def _prompt_logprobs(self, ids: list[int]) -> list[float]:

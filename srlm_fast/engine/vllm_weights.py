@@ -7,6 +7,7 @@ model's own list, and what is served is compared with what was trained.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 PROBE_TOKENS = 32
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
-"""Largest mean difference of the probe's log-probs, in nats, by the dtype that vLLM serves. Rounding gave 1e-5 in
+"""Largest mean difference of the probe's log-probs, in nats, by the dtype of the products. Rounding gave 1e-5 in
 float32 and 0.03 to 0.05 in bfloat16 (2 and 4 layers, trainer in float32), a head that was not replaced 14."""
 
 
@@ -84,37 +85,50 @@ def untied(tensors: Iterable[tuple[str, Tensor]], config: LlamaConfig) -> Iterat
             yield "lm_head.weight", tensor
 
 
-def probe_ids(vocab_size: int) -> list[int]:
-    """Token ids that all models of a vocabulary are probed with."""
-    return [derive_seed("probe", i) % vocab_size for i in range(PROBE_TOKENS)]
+@dataclass(frozen=True)
+class Probe:
+    """What the trainer's weights say of some tokens.
+
+    ids: what all models of a vocabulary are probed with. logprobs: of ids[1:]. dtype: in which the trainer computes.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    dtype: torch.dtype
+
+    def check(self, served: list[float], dtype: torch.dtype) -> None:
+        """Refuses to serve weights that do not compute what the trainer's compute.
+
+        Args:
+            served: the engine's log-probs of ids[1:].
+            dtype: in which the engine computes; of the two the rougher one says what is rounding.
+
+        Raises:
+            UserError: with the difference found.
+        """
+        differences = (torch.tensor(served) - torch.tensor(self.logprobs)).abs()
+        mean, largest = differences.mean().item(), differences.max().item()
+        tolerance, rougher = max((TOLERANCE[d], str(d)) for d in (dtype, self.dtype))
+        if not mean <= tolerance:  # NaN, too
+            raise UserError(
+                f"vllm engine: log-probs of {len(served)} probe tokens differ from the trainer's by {mean:.3g} nats on "
+                f"average ({largest:.3g} at most), more than {tolerance:g} for {rougher}: it does not serve the "
+                "weights that were trained; try another version of vllm"
+            )
 
 
 @torch.no_grad()
-def probe_logprobs(model: nn.Module, ids: list[int]) -> list[float]:
-    """The trainer's log-probs of ids[1:], without dropout. With FSDP2 all ranks call it."""
+def take_probe(model: nn.Module, ids: list[int] | None = None) -> Probe:
+    """Asks the trainer's model, without dropout. With FSDP2 all ranks call it."""
+    ids = ids or [derive_seed("probe", i) % model.config.vocab_size for i in range(PROBE_TOKENS)]
     training, device = model.training, next(model.parameters()).device
     model.eval()
     tokens = torch.tensor(ids, device=device)
     with torch.compiler.set_stance("force_eager"):  # where blocks are compiled, not for one short pass
         logits = model(tokens, torch.arange(len(ids), device=device), PromptAttention([len(ids)]))
     model.train(training)
-    return logits[:-1].float().log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1).tolist()
-
-
-def check_probe(served: list[float], trained: list[float], dtype: torch.dtype) -> None:
-    """Refuses to serve weights that do not compute what the trainer's compute.
-
-    Raises:
-        UserError: with the difference found.
-    """
-    differences = (torch.tensor(served) - torch.tensor(trained)).abs()
-    mean, largest = differences.mean().item(), differences.max().item()
-    if not mean <= TOLERANCE[dtype]:  # NaN, too
-        raise UserError(
-            f"vllm engine: log-probs of {len(trained)} probe tokens differ from the trainer's by {mean:.3g} nats on "
-            f"average ({largest:.3g} at most), more than {TOLERANCE[dtype]:g} for {dtype}: it does not serve the "
-            "weights that were trained; try another version of vllm"
-        )
+    logprobs = logits[:-1].float().log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1)
+    return Probe(ids, logprobs.tolist(), logits.dtype)
 
 
 def _listed(names: list[str]) -> str:
