@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "pairs": set(),
     "eft": {"data", "judge"},
     "evaluate": set(),
-    "parallel": {"config", "model"},
+    "parallel": {"config", "model", "parallel"},
     "checkpoint": {"model", "rundir"},
     "convert": {"model", "checkpoint", "progress", "tokenizer"},
     "reference": {"packing", "parallel", "losses", "rundir"},
@@ -45,7 +45,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "vllm": "srlm_fast/engine/vllm.py",
     "openai": "srlm_fast/endpoint.py",
-    "deepspeed": "srlm_fast/parallel.py",
+    "deepspeed": "srlm_fast/parallel/deepspeed.py",
     "flash_attn": "kernels/attention.py",
     "transformers": "",
 }

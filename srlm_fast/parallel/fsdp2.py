@@ -1,0 +1,85 @@
+"""FSDP2: every block a unit of shards, with or without copies of the whole (HSDP), and mixed precision."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from srlm_fast.config.keys import ParallelConfig
+from srlm_fast.errors import UserError
+from srlm_fast.model import Llama
+from srlm_fast.parallel.world import World, backend
+
+
+def mesh_shape(n_ranks: int, options: ParallelConfig) -> tuple[int, int]:
+    """(replicate, shard): copies of the model, and ranks that share one.
+
+    Raises:
+        UserError: when they are not the number of ranks.
+    """
+    per_copy = options.shard or max(1, n_ranks // options.replicate)
+    if options.replicate * per_copy != n_ranks:
+        shown = "" if options.shard is None else f" x parallel.shard={options.shard}"
+        raise UserError(
+            f"parallel.replicate={options.replicate}{shown} does not fit {n_ranks} processes: every one of replicate "
+            "copies is shared by shard of them; change these keys or --nproc-per-node"
+        )
+    return options.replicate, per_copy
+
+
+def compute_dtype(device: torch.device, options: ParallelConfig) -> torch.dtype:
+    """The dtype of products and activations: bfloat16 on a GPU, whose tensor cores want it, and float32 on a CPU, most
+    of which compute bfloat16 no faster."""
+    name = options.dtype if options.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def place_in_copy(model: nn.Module, world: World) -> int:
+    """Which shard this rank holds: the same on the ranks of all copies that hold equal shards."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "device_mesh"):
+            return parameter.device_mesh.get_coordinate()[-1]
+    return world.rank
+
+
+def shard(model: Llama, world: World, options: ParallelConfig | None = None) -> nn.Module:
+    """FSDP2: every block a unit; embedding, norm and head in the root, inside whose forward the log-prob head runs.
+
+    Every rank keeps fp32 shards of parameters and gradients. Gradients are summed in fp32 over all ranks, not averaged:
+    the trainer divides by what the whole batch counts. One rank that computes in fp32: the model as it is.
+    """
+    options = options or ParallelConfig()
+    dtype = compute_dtype(world.device, options)
+    if world.size == 1 and dtype == torch.float32:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not dist.is_initialized():  # one process, in which FSDP2 does nothing but the mixed precision
+        dist.init_process_group(backend(world.device), store=dist.HashStore(), rank=0, world_size=1)
+    replicate, per_copy = mesh_shape(world.size, options)
+    if replicate == 1:
+        mesh = init_device_mesh(world.device.type, (per_copy,))
+    else:
+        mesh = init_device_mesh(world.device.type, (replicate, per_copy), mesh_dim_names=("replicate", "shard"))
+    precision = MixedPrecisionPolicy()
+    if dtype != torch.float32:
+        # Inputs are not cast: the rotary tables stay fp32, and the embedding gives the stream its dtype.
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reshard: bool | int = options.reshard != "never"
+    if options.reshard == "node":
+        reshard = math.gcd(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), per_copy)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+    for module in (*model.model.layers, model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    if options.reduce == "microbatch":
+        # Where the trainer would put off the whole reduction to the last micro-batch, only that between copies waits.
+        model.set_requires_gradient_sync = model.set_requires_all_reduce
+    return model
