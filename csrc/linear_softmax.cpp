@@ -90,9 +90,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_softmax(
   at::Tensor loss = at::empty({n_rows}, wide(x));
   at::Tensor entropies = at::empty({entropy ? n_rows : 0}, wide(x));
   at::Tensor unit = keep ? padded_rows(n_rows, cols, weight.options()) : at::empty({0, cols}, weight.options());
-  if (!keep && !entropy && without_logits(x, softmax)) {
+  if (!keep && without_logits(x, softmax)) {
     at::Tensor lse = at::empty({n_rows}, x.options().dtype(at::kDouble));
-    tiled::losses(x, weight, targets, temperature, loss, lse);
+    tiled::losses(x, weight, targets, temperature, loss, lse, entropy ? entropies : at::Tensor());
     return {loss, lse, entropies, unit};
   }
   at::Tensor lse = at::empty({n_rows}, wide(x));

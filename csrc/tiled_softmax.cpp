@@ -41,50 +41,88 @@ void make_logits(const T* x, int64_t ldx, int64_t rows, int64_t cols, int64_t k,
   }
 }
 
-// Adds a row's tile of kCols columns to the running maxima, one for every lane, and to the sums of e^(z - max).
-inline void absorb(const float* z, const Vec<float>& scale, float* max, float* others) {
+// Differences of logits are taken to be no smaller: their exponential is 0, and the product with it has to be 0 too.
+const Vec<float> kLeast(-200);
+
+// For every lane of a row, `most_rows` of which follow each other: the running maximum m, the sum of e^(z - m), and, if
+// asked for, that of e^(z - m) (z - m).
+struct Statistics {
+  float *max, *sum, *product;
+
+  Statistics(float* memory, int64_t most_rows)
+      : max(memory), sum(memory + most_rows * kLanes), product(memory + 2 * most_rows * kLanes) {}
+  Statistics(const Statistics& all, int64_t offset)
+      : max(all.max + offset), sum(all.sum + offset), product(all.product + offset) {}
+};
+
+// Adds a row's tile of kCols columns.
+template <bool Products>
+inline void absorb(const float* z, const Vec<float>& scale, const Statistics& row) {
   constexpr int64_t vectors = kCols / kLanes;
-  const Vec<float> before = load(max);
-  Vec<float> m = before, scaled[vectors], sums[2] = {Vec<float>(0), Vec<float>(0)};
+  const Vec<float> before = load(row.max);
+  Vec<float> m = before, scaled[vectors];
+  Vec<float> sums[2] = {Vec<float>(0), Vec<float>(0)}, products[2] = {Vec<float>(0), Vec<float>(0)};
 #pragma GCC unroll 8
   for (int64_t i = 0; i < vectors; ++i) {
     scaled[i] = load(z + i * kLanes) * scale;
     m = at::vec::maximum(m, scaled[i]);
   }
 #pragma GCC unroll 8
-  for (int64_t i = 0; i < vectors; ++i) sums[i % 2] += exp<float>(scaled[i] - m);
-  m.store(max);
-  at::vec::fmadd(load(others), exp<float>(before - m), sums[0] + sums[1]).store(others);
+  for (int64_t i = 0; i < vectors; ++i) {
+    const Vec<float> below = scaled[i] - m, e = exp<float>(below);
+    sums[i % 2] += e;
+    if constexpr (Products) products[i % 2] = at::vec::fmadd(e, at::vec::maximum(below, kLeast), products[i % 2]);
+  }
+  const Vec<float> rise = before - m, shrink = exp<float>(rise), sum = load(row.sum);
+  m.store(row.max);
+  at::vec::fmadd(sum, shrink, sums[0] + sums[1]).store(row.sum);
+  if constexpr (Products) {
+    const Vec<float> moved = at::vec::fmadd(sum, at::vec::maximum(rise, kLeast), load(row.product));
+    at::vec::fmadd(moved, shrink, products[0] + products[1]).store(row.product);
+  }
 }
 
-// loss and lse of a row from the maxima and sums of all slices, `stride` floats apart.
-void finish(const float* max, const float* others, int64_t slices, int64_t stride, float z_y, float* loss, double* lse) {
-  Vec<float> lane_max = load(max);
-  for (int64_t s = 1; s < slices; ++s) lane_max = at::vec::maximum(lane_max, load(max + s * stride));
+// loss, lse and, if asked for, entropy of a row from the statistics of all slices, `stride` floats apart.
+void finish(const Statistics& row, int64_t slices, int64_t stride, float z_y, float* loss, double* lse,
+            float* entropy) {
+  Vec<float> lane_max = load(row.max);
+  for (int64_t s = 1; s < slices; ++s) lane_max = at::vec::maximum(lane_max, load(row.max + s * stride));
   const auto larger = [](const auto& a, const auto& b) { return at::vec::maximum(a, b); };
   const float highest = at::vec::vec_reduce_all<float>(larger, lane_max), m = z_y > highest ? z_y : highest;
-  const float rest = sum<float>(slices * kLanes, [&](int64_t i, int64_t) {
-    return load(others + i / kLanes * stride) * exp<float>(load(max + i / kLanes * stride) - Vec<float>(m));
-  });
+  const auto total = [&](const auto& term) {  // over all slices; term(place, rise)
+    return sum<float>(slices * kLanes, [&](int64_t i, int64_t) {
+      const int64_t place = i / kLanes * stride;
+      return term(place, load(row.max + place) - Vec<float>(m));
+    });
+  };
+  const float rest = total([&](int64_t i, const Vec<float>& rise) { return load(row.sum + i) * exp<float>(rise); });
   const float log_sum = std::log1p(rest + std::expm1(z_y - m));
   *loss = -(z_y - m - log_sum);
   *lse = static_cast<double>(m) + log_sum;
+  if (!entropy) return;
+  const float products = total([&](int64_t i, const Vec<float>& rise) {
+    const Vec<float> moved = at::vec::fmadd(load(row.sum + i), at::vec::maximum(rise, kLeast), load(row.product + i));
+    return moved * exp<float>(rise);
+  });
+  const float e_y = std::exp(z_y - m);
+  *entropy = log_sum - (products + (e_y > 0 ? e_y * (z_y - m) : 0)) / (rest + e_y);
 }
 
-template <typename T>
+template <typename T, bool Entropy>
 void losses_(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target, double temperature, at::Tensor& loss,
-             at::Tensor& lse) {
+             at::Tensor& lse, at::Tensor& entropy) {
   const at::Tensor x_pairs = whole_pairs<T>(x), w_pairs = whole_pairs<T>(w);
   const int64_t n_rows = x.size(0), vocab = w.size(0), k = x_pairs.size(1);
   const int64_t ldx = x_pairs.stride(0), ldw = w_pairs.stride(0);
   const int64_t slice_size = tiles(tiles(vocab, kSlices), kCols) * kCols, slices = tiles(vocab, slice_size);
-  const int64_t most_rows = std::min(n_rows, kMostRows), stride = 2 * most_rows * kLanes;
-  const at::Tensor state = at::empty({slices, 2, most_rows, kLanes}, x.options().dtype(at::kFloat));
+  constexpr int64_t kinds = Entropy ? 3 : 2;
+  const int64_t most_rows = std::min(n_rows, kMostRows), stride = kinds * most_rows * kLanes;
+  const at::Tensor state = at::empty({slices, kinds, most_rows, kLanes}, x.options().dtype(at::kFloat));
   const at::Tensor target_logits = at::empty({most_rows}, state.options());
   const T *x_data = x_pairs.const_data_ptr<T>(), *w_data = w_pairs.const_data_ptr<T>();
   const int64_t* const y = target.const_data_ptr<int64_t>();
-  float* const max = state.mutable_data_ptr<float>();
-  float *const others = max + most_rows * kLanes, *const z_y = target_logits.mutable_data_ptr<float>();
+  const Statistics all(state.mutable_data_ptr<float>(), most_rows);
+  float* const z_y = target_logits.mutable_data_ptr<float>();
   const float scale = 1 / temperature;
   for (int64_t start = 0; start < n_rows; start += kMostRows) {
     const int64_t rows = std::min(kMostRows, n_rows - start);
@@ -92,9 +130,10 @@ void losses_(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target,
     for_each_task<T>(slices, [&](int64_t slice) {
       const Scratch<T> packed(kCols * k);
       const Scratch<float> z(kRows * kCols);
-      float *const own_max = max + slice * stride, *const own_others = others + slice * stride;
-      std::fill_n(own_max, rows * kLanes, kLowest);
-      std::fill_n(own_others, rows * kLanes, 0.0f);
+      const Statistics own(all, slice * stride);
+      std::fill_n(own.max, rows * kLanes, kLowest);
+      std::fill_n(own.sum, rows * kLanes, 0.0f);
+      if (Entropy) std::fill_n(own.product, rows * kLanes, 0.0f);
       const int64_t end = std::min(vocab, (slice + 1) * slice_size);
       for (int64_t v = slice * slice_size; v < end; v += kCols) {
         const int64_t cols = std::min(kCols, end - v);
@@ -110,16 +149,18 @@ void losses_(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target,
               z_y[i] = row[y_here] * scale;
               row[y_here] = kLowest;  // its exponential is 0
             }
-            absorb(row, Vec<float>(scale), own_max + i * kLanes, own_others + i * kLanes);
+            absorb<Entropy>(row, Vec<float>(scale), Statistics(own, i * kLanes));
           }
         }
       }
     });
     float* const loss_data = loss.mutable_data_ptr<float>() + start;
     double* const lse_data = lse.mutable_data_ptr<double>() + start;
+    float* const entropy_data = Entropy ? entropy.mutable_data_ptr<float>() + start : nullptr;
     at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t past) {
       for (int64_t i = begin; i < past; ++i) {
-        finish(max + i * kLanes, others + i * kLanes, slices, stride, z_y[i], loss_data + i, lse_data + i);
+        finish(Statistics(all, i * kLanes), slices, stride, z_y[i], loss_data + i, lse_data + i,
+               Entropy ? entropy_data + i : nullptr);
       }
     });
   }
@@ -305,9 +346,12 @@ class Gradients {
 }  // namespace
 
 void losses(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target, double temperature, at::Tensor& loss,
-            at::Tensor& lse) {
+            at::Tensor& lse, at::Tensor entropy) {
   if (x.size(0) == 0) return;
-  (x.scalar_type() == at::kFloat ? losses_<float> : losses_<at::BFloat16>)(x, w, target, temperature, loss, lse);
+  const bool is_float = x.scalar_type() == at::kFloat;
+  const auto run = entropy.defined() ? (is_float ? losses_<float, true> : losses_<at::BFloat16, true>)
+                                     : (is_float ? losses_<float, false> : losses_<at::BFloat16, false>);
+  run(x, w, target, temperature, loss, lse, entropy);
 }
 
 void gradients(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target, double temperature,

@@ -122,7 +122,7 @@ def row_losses(
     """
     keep, forward_rows, backward_rows = plan(x.shape[0], weight.shape[0], weight.dtype, chunk_bytes)
     keep = keep and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    keep = keep and (entropy or not _made_again(x, softmax))
+    keep = keep and not _made_again(x, softmax)
     options = (main_grad, softmax, entropy, keep, forward_rows, backward_rows)
     loss, _, entropies, _ = _RowLosses.apply(x.contiguous(), weight, target, *options)
     return loss, entropies

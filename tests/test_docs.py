@@ -56,7 +56,7 @@ def test_paper_accounts_for_every_key_of_the_method():
         r"run_dir|seed|kernels|(engine|parallel)\..*|model\.(tokenizer|random_init)|.*\.tokens_per_microbatch"
         r"|candidates\.(shard_size|schedule)|judge\.endpoint\w*"
         r"|evaluate\.(prompts|n|truth)|prompts\.(requests_per_round|max_requests)"
-        r"|sft\.(beta|label_smoothing|loss_options)|(sft|dpo)\.entropy"
+        r"|sft\.(beta|label_smoothing|loss_options)"
     )
     assert not {key for key in KEYS - set(NAMED) if not others.fullmatch(key)}
 

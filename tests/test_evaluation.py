@@ -38,7 +38,7 @@ def test_held_out_metrics_are_those_of_a_step_on_the_held_out_items(loss):
     assert [metrics["step"] for metrics in found] == [3, 4] and trained.total_steps == 4
     items = trained.held_out.items
     reference = make_reference(reference_items(items, trained.objective))
-    expected = Trainer(trained.model, items, options(loss, max_steps=1, entropy=True), reference=reference).fit()
+    expected = Trainer(trained.model, items, options(loss, max_steps=1), reference=reference).fit()
     names = [name for name in found[-1] if name != "step"]
     assert {"eval_loss", "eval_rewards/margins", "eval_logps/chosen"} <= set(names)
     for name in names:
@@ -164,7 +164,7 @@ def test_skipping_ends_when_nothing_is_finite():
 
 def test_entropy_is_that_of_the_response_tokens():
     """Against full logits in plain torch, every response by itself."""
-    trainer = build("dpo", changes={"max_steps": 1, "batch_size": 24, "entropy": True})
+    trainer = build("dpo", changes={"max_steps": 1, "batch_size": 24})
     model, entropies = make_model().double(), []
     for item in trainer.items:
         for response in item.responses:

@@ -283,6 +283,25 @@ def test_logits_made_tile_by_tile(n, d, v, dtype):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.skipif(not TILED, reason="needs the C++ kernels for AVX-512")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d", "v"), TILED_SHAPES)
+def test_entropies_made_tile_by_tile(n, d, v, dtype):
+    """Nearly flat, and from 0.01 on nearly certain; the log-probs are those without, to the bit."""
+    for temperature in (30.0, 0.7, 0.01):
+        case = make(n, d, v, dtype, scale=d**-0.5)
+        logp, entropy = linear_logprob(*case[:3], temperature=temperature, chunk_bytes=1, return_entropy=True)
+        _, expected, *_ = exact(case, temperature=temperature)
+        largest_logit = 6 / temperature  # whose rounding enters
+        torch.testing.assert_close(entropy.double(), expected, rtol=2e-6, atol=1e-6 * max(1, largest_logit))
+        alone = linear_logprob(*case[:3], temperature=temperature, chunk_bytes=1)
+        torch.testing.assert_close(logp, alone, rtol=0, atol=0)
+    with torch.no_grad():
+        case.x[-1] = float("nan")
+    _, entropy = linear_logprob(*case[:3], chunk_bytes=1, return_entropy=True)
+    assert entropy[-1].isnan() and not entropy[:-1].isnan().any()
+
+
 @pytest.mark.parametrize(
     ("n_rows", "most"), [(0, 5), (1, 1), (7, 3), (128, 128), (1000, 300), (1000, 127), (101, 100), (4097, 2048)]
 )

@@ -148,7 +148,6 @@ class Arguments:
             adam_eps=self.adam_epsilon,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
-            entropy=True,
             checkpoint_every=int(self.save_steps) if self.save_strategy == "steps" else steps_per_epoch,
         )
 

@@ -57,12 +57,6 @@ class TrainConfig:
     moments: str = key("fp32", "AdamW's moments; bf16 is rounded stochastically (choice)", choices=("fp32", "bf16"))
     weight_decay: float = key(0.1, "decoupled weight decay of matrices (choice)")
     max_grad_norm: float = key(1.0, "gradient norm above which gradients are scaled down (choice)")
-    entropy: bool = key(
-        False,
-        "whether training metrics have the entropy of the response tokens, as those of held-out items always do; on a "
-        "CPU it costs time and memory",
-        operational=True,
-    )
     checkpoint_every: int = key(200, "optimizer steps between training checkpoints", operational=True, least=1)
 
 

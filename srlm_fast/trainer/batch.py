@@ -27,10 +27,10 @@ def reshard(model: nn.Module) -> None:
 
 
 class Batches:
-    """Runs an objective over batches of examples; `entropy` says whether its metrics while training have that too."""
+    """Runs an objective over batches of examples."""
 
-    def __init__(self, model: nn.Module, objective: Objective, world: World, *, entropy: bool = False) -> None:
-        self.model, self.objective, self.world, self.entropy = model, objective, world, entropy
+    def __init__(self, model: nn.Module, objective: Objective, world: World) -> None:
+        self.model, self.objective, self.world = model, objective, world
 
     def train(
         self,
@@ -79,17 +79,11 @@ class Batches:
             data["baseline"] = torch.tensor(baseline, device=self.world.device)
         reference = data.pop("reference", None)
         inputs = packed.input_ids, packed.positions, packed.attend
-        entropies = None
-        if self.entropy or not torch.is_grad_enabled():
-            tokens, entropies = self.model(*inputs, rows=packed.rows, targets=packed.targets, entropy=True)
-        else:
-            tokens = self.model(*inputs, rows=packed.rows, targets=packed.targets)
+        tokens, entropies = self.model(*inputs, rows=packed.rows, targets=packed.targets, entropy=True)
         values, logps = self.objective.evaluate(tokens, packed.lengths, reference, **data)
         weight = float(bool(indices))
         loss = self.objective.total(values, counts) * weight
-        sums = {"loss": loss.detach()}
-        if entropies is not None:
-            sums["entropy"] = entropies.detach().sum() * weight
+        sums = {"loss": loss.detach(), "entropy": entropies.detach().sum() * weight}
         if len(values) > 1:
             for term in self.objective.terms:
                 sums[f"loss/{term.name}"] = values[term.name].detach().sum() * (weight / counts[term.loss.unit])

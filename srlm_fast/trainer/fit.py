@@ -89,7 +89,7 @@ class Trainer:
         self.objective = training_objective(config)
         self.examples = self._examples(items, reference)
         self.held_out = self._examples(self.evaluation.items, reference) if self.evaluation.items else None
-        self.batches = Batches(model, self.objective, self.world, entropy=config.entropy)
+        self.batches = Batches(model, self.objective, self.world)
         reshard(model)
         rounding = derive_seed(seed, "moments", place_in_copy(model, self.world))
         self.optimizer = make_optimizer(model, config, rounding % 2**32)
