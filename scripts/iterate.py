@@ -6,45 +6,43 @@ Started again with the same arguments it goes on where it was. --status tells wh
 0 done, 2 bad input (one line says what), 143 stopped by SIGTERM or SIGINT with everything finished saved.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
+from functools import partial
+from typing import TYPE_CHECKING
 
+from srlm_fast import command
 from srlm_fast.config import Config, describe, load_config
-from srlm_fast.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from srlm_fast.parallel import World
 
 
-def main() -> int | None:
+def main() -> int:
     epilog, formatter = f"keys:\n{describe(Config())}", argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=formatter)
     parser.add_argument("--config", help="YAML file of keys")
     parser.add_argument("--status", action="store_true", help="print where the run is and change nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        from srlm_fast.iterate import iterate, status
-        from srlm_fast.parallel import World
+
+    def work(config: Config, world: World) -> None:
+        from srlm_fast.iterate import iterate
         from srlm_fast.summary import print_summary
 
-        if arguments.status:
-            print(status(config))
-            return 0
-        world = World()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    code = 0
-    try:
         run = iterate(config, world)
         if world.is_main:
             print_summary(run)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        code = 143
-    world.exit(code)
+
+    def show(config: Config, world: World) -> None:
+        from srlm_fast.iterate import status
+
+        print(status(config))
+
+    read = partial(load_config, arguments.config, arguments.overrides)
+    return command.run(read, show if arguments.status else work)
 
 
 if __name__ == "__main__":

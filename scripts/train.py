@@ -7,43 +7,37 @@ RUN_DIR/metrics.jsonl. Exit codes of a process: 0 done, 2 bad input (one line sa
 SIGINT after a checkpoint.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
+from srlm_fast import command
 from srlm_fast.config import describe
 from srlm_fast.config.train import TrainRunConfig
 from srlm_fast.config.tree import read
-from srlm_fast.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from srlm_fast.parallel import World
 
 
-def main() -> int | None:
+def main() -> int:
     epilog, formatter = f"keys:\n{describe(TrainRunConfig())}", argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=formatter)
     parser.add_argument("--config", help="YAML file of keys")
     parser.add_argument("--cache-only", action="store_true", help="stop when the reference log-probs are there")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    try:
-        config = read(TrainRunConfig(), arguments.config, arguments.overrides)
-        from srlm_fast.parallel import World
+
+    def work(config: TrainRunConfig, world: World) -> None:
         from srlm_fast.train_run import train
 
-        world = World()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    code = 0
-    try:
         counts = train(config, world, cache_only=arguments.cache_only)
         if world.is_main:
             print(", ".join(f"{name} {value:.6g}" for name, value in counts.items()))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        code = 143
-    world.exit(code)
+
+    return command.run(lambda: read(TrainRunConfig(), arguments.config, arguments.overrides), work)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 | module | what is there |
 | --- | --- |
 | `world` | `World`: torchrun's processes and a few collectives |
+| `watch` | `Watch`: the end of all processes when one fails |
 | `recomputation` | activations that are computed again in the backward pass |
 | `fsdp2` | shards of parameters, gradients and moments by FSDP2; the dtype of computation |
 """
