@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from srlm_fast.kernels import library
@@ -80,3 +81,17 @@ def linear_logprob(
         options = {"most": most, "chunk_bytes": chunk_bytes, "main_grad": main_grad, "group": group}
         loss, entropy = sliced_losses(x, weight, target.to(x.device, non_blocking=True) - start, softmax, **options)
     return (-loss, entropy) if return_entropy else -loss
+
+
+@torch.no_grad()
+def log_collisions(x: Tensor, weight: Tensor, target: Tensor, logp: Tensor) -> Tensor:
+    """log sum_v p(v)^2 of each row, [N], without gradient: how likely two samples of a token are the same.
+
+    sum_v p^2 = sum_v e^(2 z_v) / (sum_v e^(z_v))^2, and the first is the normaliser at half the temperature, so it is
+    2 log p(y) - log p'(y) with p' = softmax(2 z), whatever y is: one more forward pass of the head, 2NDV.
+
+    Args:
+        x, weight, target: as of `linear_logprob`.
+        logp: what that gave for them, at temperature 1.
+    """
+    return 2 * logp.detach() - linear_logprob(x, weight, target, temperature=0.5)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from srlm_fast.errors import UserError
 from srlm_fast.kernels.linear import linear
-from srlm_fast.kernels.linear_logprob import linear_logprob
+from srlm_fast.kernels.linear_logprob import linear_logprob, log_collisions
 from srlm_fast.kernels.rms_norm import add_rms_norm, rms_norm
 from srlm_fast.kernels.rotary import rotary, rotary_table
 from srlm_fast.kernels.swiglu import swiglu
@@ -319,7 +319,8 @@ class Llama(nn.Module):
         rows: Tensor | None = None,
         targets: Tensor | None = None,
         entropy: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        collisions: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Logits, or the log-probabilities of given targets.
 
         Args:
@@ -329,10 +330,11 @@ class Llama(nn.Module):
             rows: int64 [N], the tokens whose predictions are wanted; all T of them if None.
             targets: int64 [N], the tokens that `rows` should predict.
             entropy: with `targets`, also give the entropies of the distributions.
+            collisions: with `entropy`, also give their `log_collisions`.
 
         Returns:
-            fp32 [N] log-probabilities if `targets` is given, with `entropy` those and the entropies fp32 [N] in nats;
-            else logits [N, V].
+            fp32 [N] log-probabilities if `targets` is given, with `entropy` those and the entropies fp32 [N] in nats,
+            with `collisions` behind them log sum_v p(v)^2, fp32 [N]; else logits [N, V].
         """
         cos, sin = rotary_table(positions, self.inv_freq.float())
         x, delta = self.model.embed_tokens(input_ids), None
@@ -341,6 +343,9 @@ class Llama(nn.Module):
         if rows is not None:
             x, delta = x.index_select(0, rows), delta.index_select(0, rows)
         _, x = self.model.norm(x, delta)
+        if collisions:
+            logps, entropies = linear_logprob(x, self.lm_head.weight, targets, return_entropy=True)
+            return logps, entropies, log_collisions(x, self.lm_head.weight, targets, logps)
         if targets is not None:
             return linear_logprob(x, self.lm_head.weight, targets, return_entropy=entropy)
         return self.lm_head(x)

@@ -264,7 +264,7 @@ def test_every_argument_of_transformers_is_known():
         ({"loss_type": "sigmoidal"}, "loss_type='sigmoidal': must be one of sigmoid, "),
         ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [1]}, "1 loss_weights for 2 loss types"),
         ({"ld_alpha": 0.5, "loss_type": "ipo"}, "ld_alpha goes with loss_type='sigmoid'"),
-        ({"use_weighting": True}, "use_weighting=True is not supported: .*wpo"),
+        ({"use_weighting": True, "loss_type": "ipo"}, "use_weighting goes with loss_type='sigmoid'"),
         ({"load_best_model_at_end": True}, r"Evaluation\(stop_when"),
         ({"optim": "adafactor"}, "optim='adafactor': must be one of adamw_torch"),
         ({"lr_scheduler_type": "polynomial"}, "must be one of linear, cosine"),

@@ -22,6 +22,7 @@ SFT = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
         ("DPO", [chat(row) for row in PAIRS], {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.2]}),
         ("DPO", PAIRS, {"loss_type": ["robust"], "label_smoothing": 0.1, "lr_scheduler_type": "cosine"}),
         ("DPO", PAIRS, {"max_length": 24}),
+        ("DPO", PAIRS, {"use_weighting": True}),
         ("KTO", KTO, {}),
         ("SFT", SFT, {}),
     ],

@@ -7,7 +7,7 @@ from kernel_case import ROUNDING, relative_error
 from torch.utils.checkpoint import checkpoint
 
 from srlm_fast.kernels import library
-from srlm_fast.kernels.linear_logprob import linear_logprob
+from srlm_fast.kernels.linear_logprob import linear_logprob, log_collisions
 from srlm_fast.kernels.linear_softmax import CHUNK_BYTES, TILED, chunks, plan
 from srlm_fast.kernels.softmax_rows import Softmax
 
@@ -300,6 +300,15 @@ def test_entropies_made_tile_by_tile(n, d, v, dtype):
         case.x[-1] = float("nan")
     _, entropy = linear_logprob(*case[:3], chunk_bytes=1, return_entropy=True)
     assert entropy[-1].isnan() and not entropy[:-1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_collisions(implementation, dtype):
+    case = make(9, 5, 40, dtype)
+    found = log_collisions(*case[:3], linear_logprob(*case[:3]))
+    p = torch.softmax(case.exact().x @ case.exact().weight.t(), 1)
+    torch.testing.assert_close(found.double(), p.square().sum(1).log().detach(), rtol=1e-5, atol=1e-5)
+    assert not found.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,5 @@ def test_refusals_come_before_any_work():
         Trainer(model, four, options("ld_dpo"), reference=make_reference(four))
     with pytest.raises(UserError, match="'nll' compares pairs"):
         Trainer(model, singles, options("nll"))
-    with pytest.raises(UserError, match="sampled_alignment needs"):
-        Trainer(model, pairs, options("wpo", loss_options={"sampled_alignment": True}))
     with pytest.raises(UserError, match="unknown option 'gama'"):
         Trainer(model, pairs, options("simpo", loss_options={"gama": 1}))

@@ -51,11 +51,6 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "disable_dropout": ((True,), "build the model by srlm_fast.checkpoint.load_model(dropout=...) and pass that"),
     "sync_ref_model": ((False,), "the reference is fixed"),
     "reference_free": ((False,), "take CPOTrainer, whose losses have no reference"),
-    "use_weighting": (
-        (False,),
-        "TRL's alignment of WPO's weights needs what the output head does not give; the "
-        "trainer's own loss wpo has weights without it",
-    ),
     "load_best_model_at_end": ((False, None), "pass Evaluation(stop_when=...) to srlm_fast.trainer.Trainer"),
     "metric_for_best_model": ((None,), "pass Evaluation(stop_when=...) to srlm_fast.trainer.Trainer"),
     "greater_is_better": ((None,), "pass Evaluation(stop_when=...) to srlm_fast.trainer.Trainer"),
@@ -185,6 +180,7 @@ class DPOConfig(Arguments):
     own = {
         **{"loss_type": "sigmoid", "loss_weights": None, "beta": 0.1, "label_smoothing": 0.0, "ld_alpha": None},
         **{"discopop_tau": 0.05, "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5},
+        **{"use_weighting": False},
     }
 
     def loss(self) -> dict[str, Any]:
@@ -198,6 +194,10 @@ class DPOConfig(Arguments):
             if names != ["dpo"]:
                 raise UserError(f"{self.name}: ld_alpha goes with loss_type='sigmoid' alone; leave one of them out")
             names, options["alpha"] = ["ld_dpo"], self.ld_alpha
+        if self.use_weighting:
+            if names != ["dpo"]:
+                raise UserError(f"{self.name}: use_weighting goes with loss_type='sigmoid' alone; leave one out")
+            names, options["sampled_alignment"] = ["wpo"], True
         if "discopop" in names:
             options["tau"] = self.discopop_tau
         divergence = _word(self.f_divergence_type)

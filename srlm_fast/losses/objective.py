@@ -66,6 +66,11 @@ class Objective:
         return self._any("needs_heads")
 
     @property
+    def needs_collisions(self) -> bool:
+        """Whether it reads LogProbs.log_collisions."""
+        return any(term.options.get("sampled_alignment") for term in self.terms)
+
+    @property
     def baseline(self) -> str:
         """What LogProbs.baseline is: "kl", "delta", or "" where it is not read."""
         return next((term.loss.baseline for term in self.terms if term.loss.baseline), "")

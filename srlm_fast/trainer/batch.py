@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from srlm_fast.losses import Objective
+from srlm_fast.losses.logprobs import sequence_sums
 from srlm_fast.losses.unpaired import kl_estimate, midpoint
 from srlm_fast.parallel import World
 from srlm_fast.reference import sequence_logps
@@ -79,7 +80,12 @@ class Batches:
             data["baseline"] = torch.tensor(baseline, device=self.world.device)
         reference = data.pop("reference", None)
         inputs = packed.input_ids, packed.positions, packed.attend
-        tokens, entropies = self.model(*inputs, rows=packed.rows, targets=packed.targets, entropy=True)
+        collisions = self.objective.needs_collisions
+        tokens, entropies, *more = self.model(
+            *inputs, rows=packed.rows, targets=packed.targets, entropy=True, collisions=collisions
+        )
+        if collisions:
+            data["log_collisions"] = sequence_sums(*more, packed.lengths)
         values, logps = self.objective.evaluate(tokens, packed.lengths, reference, **data)
         weight = float(bool(indices))
         loss = self.objective.total(values, counts) * weight

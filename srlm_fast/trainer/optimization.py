@@ -18,14 +18,11 @@ def training_objective(config: TrainConfig) -> Objective:
     """The loss of a configuration with its options.
 
     Raises:
-        UserError: for a loss, an option or a value that is not known, or that the trainer has no data for.
+        UserError: for a loss, an option or a value that is not known.
     """
-    objective = get_objective(
+    return get_objective(
         config.loss, beta=config.beta, label_smoothing=config.label_smoothing, options=config.loss_options
     )
-    if any(term.options.get("sampled_alignment") for term in objective.terms):
-        raise UserError("loss_options: sampled_alignment needs sum_v p(v)^2, which the output head does not give")
-    return objective
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
