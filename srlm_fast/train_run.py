@@ -58,7 +58,7 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
     """
     library.use(config.kernels)
     objective = training_objective(config.training)
-    inputs = _inputs(config)
+    inputs = _inputs(config, objective)
     run, stopping = RunDir(config.run_dir), _stop_signal()
     world.on_main(lambda: _open(run, config, inputs))
     try:
@@ -198,7 +198,7 @@ def _read(
     return [it for i, it in enumerate(items) if i not in drawn], [it for i, it in enumerate(items) if i in drawn]
 
 
-def _inputs(config: TrainRunConfig) -> dict[str, list[Path]]:
+def _inputs(config: TrainRunConfig, objective: Objective) -> dict[str, list[Path]]:
     """The files and folders that the configuration names, by key."""
     inputs = input_paths(config)
     for name, what in (("model", "the folder of a model"), ("data", "at least one file of rows")):
@@ -210,6 +210,9 @@ def _inputs(config: TrainRunConfig) -> dict[str, list[Path]]:
                 raise UserError(f"{name}: {path} does not exist")
     if config.stop_on and not (config.eval_data or config.eval_share):
         raise UserError(f"stop_on={config.stop_on} needs held-out rows; name eval_data or set eval_share")
+    metrics = sorted(f"eval_{name}" for name in objective.metric_names())
+    if config.stop_on and config.stop_on not in metrics:
+        raise UserError(f"stop_on={config.stop_on} is no metric of {config.training.loss}: {', '.join(metrics)}")
     return inputs
 
 

@@ -29,7 +29,7 @@ def trainer(loss: str = "dpo", *, changes: dict | None = None, n: int = 16, **ar
     return Trainer(make_model(), seen, config, reference=cache, seed=5, evaluation=evaluation, **arguments)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", "kto", "simpo + 0.5 * nll", "sft"])
 def test_held_out_metrics_are_those_of_a_step_on_the_held_out_items(loss):
     """The evaluation after the last step, against the first step of a trainer whose batch is the held-out items."""
     found: list[dict] = []
@@ -37,10 +37,12 @@ def test_held_out_metrics_are_those_of_a_step_on_the_held_out_items(loss):
     last = trained.fit()
     assert [metrics["step"] for metrics in found] == [3, 4] and trained.total_steps == 4
     items = trained.held_out.items
-    reference = make_reference(reference_items(items, trained.objective))
+    reference = make_reference(reference_items(items, trained.objective)) if trained.objective.needs_reference else None
     expected = Trainer(trained.model, items, options(loss, max_steps=1), reference=reference).fit()
     names = [name for name in found[-1] if name != "step"]
-    assert {"eval_loss", "eval_rewards/margins", "eval_logps/chosen"} <= set(names)
+    assert {f"eval_{name}" for name in trained.objective.metric_names()} == set(names)
+    if loss != "sft":
+        assert {"eval_loss", "eval_rewards/margins", "eval_logps/chosen"} <= set(names)
     for name in names:
         assert found[-1][name] == pytest.approx(expected[name.removeprefix("eval_")], rel=1e-5, abs=1e-6), name
     assert last["eval_loss"] == found[-1]["eval_loss"] and "loss" in last
@@ -77,6 +79,7 @@ def test_rules():
     accuracies = [{"eval_rewards/accuracies": value, "eval_loss": 1 - value} for value in (0.5, 0.6, 0.6, 0.5)]
     for rule in (worse_than_before(), worse_than_before("eval_loss", lower_is_better=True)):
         assert [rule(accuracies[: n + 1]) for n in range(4)] == [False, False, False, True]
+    assert worse_than_before("x")([{"x": 1.0}, {"x": math.nan}])
     rule = below("eval_win_rate", 0.5)
     assert [rule([metrics]) for metrics in ({}, {"eval_win_rate": 0.5}, {"eval_win_rate": 0.4})] == [False, False, True]
 

@@ -93,6 +93,11 @@ def test_a_run_is_worked_on_by_one_process_at_a_time(tmp_path):
     other.unlock()
 
 
+def test_metrics_that_are_not_finite_are_null(tmp_path):
+    RunDir(tmp_path).log({"phase": "x", "loss": float("nan"), "norm": float("inf"), "lr": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"phase": "x", "loss": null, "norm": null, "lr": 0.5}\n'
+
+
 def test_metrics_that_cannot_be_written_are_a_user_error(tmp_path):
     run = RunDir(tmp_path)
     (tmp_path / "metrics.jsonl").mkdir()

@@ -155,8 +155,9 @@ def test_runs_share_a_reference_cache_and_stop_early(tmp_path, shared_data, mode
     counts = run(model_folder, tmp_path / "b", data, *options, *every)
     losses = [row["eval_loss"] for row in lines(tmp_path / "b/metrics.jsonl") if row["phase"] == "evaluation"]
     assert counts["steps"] < 6 and losses[-1] > losses[-2]
-    with pytest.raises(UserError, match="no metric 'eval_accuracy' to stop on; there are step, .*eval_loss"):
+    with pytest.raises(UserError, match="stop_on=eval_accuracy is no metric of dpo: eval_entropy, eval_logps/chosen"):
         run(model_folder, tmp_path / "c", data, *options, "eval_every=1", "stop_on=eval_accuracy")
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])

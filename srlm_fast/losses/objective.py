@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from srlm_fast.errors import UserError
@@ -104,6 +105,15 @@ class Objective:
             rewarded = [term.loss.per_token for term in self.terms if "beta" in term.loss.keys]
             return preference_metrics(logps, self.beta, per_token=bool(rewarded) and all(rewarded))
         return label_metrics(logps, self.beta) if self.needs_labels else {}
+
+    def metric_names(self) -> set[str]:
+        """What the trainer calls the metrics of a batch."""
+        zeros = torch.zeros(2)
+        some = LogProbs(zeros, zeros, torch.ones(2, dtype=torch.int64), labels=torch.tensor([1.0, 0.0]))
+        names = {"loss", "entropy", *self.metrics(some), *([self.baseline] if self.baseline else [])}
+        if len(self.terms) > 1:
+            names |= {f"loss/{term.name}" for term in self.terms}
+        return names | ({"rewards/margins"} if "rewards/chosen" in names else set())
 
 
 def get_objective(

@@ -37,7 +37,7 @@ class Evaluation:
 
 
 def worse_than_before(metric: str = "eval_rewards/accuracies", *, lower_is_better: bool = False) -> Callable:
-    """Stop when the newest value of a metric is worse than that of the evaluation before it.
+    """Stop when the newest value of a metric is worse than that of the evaluation before it, or not a number.
 
     Raises:
         UserError: when asked, for a metric that the evaluation does not have.
@@ -49,7 +49,7 @@ def worse_than_before(metric: str = "eval_rewards/accuracies", *, lower_is_bette
         if len(history) < 2:
             return False
         before, now = history[-2][metric], history[-1][metric]
-        return now > before if lower_is_better else now < before
+        return not (now <= before if lower_is_better else now >= before)
 
     return rule
 
