@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from srlm_fast import checkpoint
+from srlm_fast import checkpoint, checks
 from srlm_fast.chat import chat_format
-from srlm_fast.config import GENERATORS, Config, input_paths
+from srlm_fast.config import GENERATORS, Config
 from srlm_fast.data import Example, RankedPrompt, formats, prompts, read_rows
 from srlm_fast.endpoint import EndpointJudge
 from srlm_fast.engine import load_engine
@@ -25,7 +24,6 @@ from srlm_fast.rollout import Judge
 from srlm_fast.rundir import RunDir
 from srlm_fast.shards import Shard
 from srlm_fast.tokenizer import check_vocab, load_tokenizer
-from srlm_fast.trainer import training_objective
 
 
 class Context:
@@ -40,77 +38,24 @@ class Context:
         library.use(config.kernels)
         self.run_dir = RunDir(config.run_dir)
         self.stopping = False
-        if config.prompts.generator not in GENERATORS and not Path(config.prompts.generator).is_dir():
-            raise UserError(
-                f"prompts.generator={config.prompts.generator!r} is none of {', '.join(GENERATORS)} and no model folder"
-            )
-        for name, paths in input_paths(config).items():
-            for path in paths:
-                if not path.exists():
-                    raise UserError(f"{name}: {path} does not exist")
-        if not config.model.path:
-            raise UserError("model.path is empty: name the folder of M0")
-        if not config.oasst.paths:
-            raise UserError("oasst.paths is empty: name at least one OASST1 file")
+        checks.inputs(config)
+        if lacking := checks.missing(config):
+            raise UserError(lacking[0])
         mesh_shape(world.size, config.parallel)
         self.llama: LlamaConfig = checkpoint.read_config(Path(config.model.path))
-        if not config.model.random_init and not any(Path(config.model.path).glob("*.safetensors")):
-            raise UserError(
-                f"model.path: no safetensors in {config.model.path}; scripts/convert.py makes them of other formats, "
-                "model.random_init=true starts from random weights"
-            )
-        if config.model.max_seq_len > self.llama.max_position_embeddings:
-            raise UserError(
-                f"model.max_seq_len={config.model.max_seq_len} is above the model's max_position_embeddings="
-                f"{self.llama.max_position_embeddings}; lower it"
-            )
+        checks.shape(config, self.llama)
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         check_vocab(self.tokenizer, self.llama.vocab_size)
         self.chat = chat_format(config.model.chat_format, self.tokenizer)
         self.judge = Judge(self.chat, config.judge, config.model.max_seq_len)
         # Of the candidates; the EFT targets and the measured judge are always the model's own.
         self.candidate_judge = EndpointJudge(config.judge) if config.judge.endpoint else self.judge
-        if config.judge.endpoint_model and not config.judge.endpoint:
-            raise UserError("judge.endpoint_model is set without judge.endpoint; give the server's address too")
         self.tasks_template = prompts.load_template(config.prompts.shots_template)
         self.held_out = self._read_held_out()
-        self._check_losses()
-        self._check_generator()
+        checks.losses(config)
+        checks.generator(config, self.llama, self.tokenizer)
         self._engine = self._make_engine()
         self._engine_weights: Path | None = None
-
-    def _check_losses(self) -> None:
-        sft, dpo = training_objective(self.config.sft), training_objective(self.config.dpo)
-        if sft.paired:
-            raise UserError(f"sft.loss={self.config.sft.loss} compares pairs, SFT has single responses; use sft")
-        if sft.needs_labels:
-            raise UserError(f"sft.loss={self.config.sft.loss} needs labels, SFT has none; use sft")
-        if not dpo.paired:
-            raise UserError(f"dpo.loss={self.config.dpo.loss} does not compare pairs; use dpo")
-        if dpo.needs_labels:
-            raise UserError(f"dpo.loss={self.config.dpo.loss} needs labels, which a run does not make; use another")
-        if dpo.needs_heads and self.config.reference.source == "rollout":
-            raise UserError(
-                f"dpo.loss={self.config.dpo.loss} compares the heads of responses, whose log-probs the engine does not "
-                "keep; use reference.source=forward"
-            )
-
-    def _check_generator(self) -> None:
-        if self.config.prompts.generator in GENERATORS:
-            return
-        other = checkpoint.read_config(Path(self.config.prompts.generator))
-        check_vocab(self.tokenizer, other.vocab_size)
-        if other.max_position_embeddings < self.config.model.max_seq_len:
-            raise UserError(
-                f"prompts.generator={self.config.prompts.generator} has max_position_embeddings="
-                f"{other.max_position_embeddings}, below model.max_seq_len={self.config.model.max_seq_len}; lower that"
-            )
-        no_ids = {"bos_token_id": None, "eos_token_id": None}
-        if self.config.engine.name == "vllm" and replace(other, **no_ids) != replace(self.llama, **no_ids):
-            raise UserError(
-                f"prompts.generator={self.config.prompts.generator} has another shape than model.path, and vllm serves "
-                "one shape per process; write the prompts in a run with engine.name=native"
-            )
 
     def _make_engine(self) -> Engine:
         """The engine, without weights, and the groups of ranks that generate together."""
@@ -120,11 +65,6 @@ class Context:
             names = ("tensor_parallel", "kv_cache_gib", "dtype", "enforce_eager")
             arguments |= {name: getattr(options, name) for name in names}
             arguments["max_len"] = self.config.model.max_seq_len
-        elif options.tensor_parallel > 1:
-            raise UserError(
-                f"engine.tensor_parallel={options.tensor_parallel}: the {options.name} engine has the whole model in "
-                "every process; use engine.name=vllm"
-            )
         engine = load_engine(options.name, **arguments)
         self.world.form_groups(options.tensor_parallel)
         return engine
