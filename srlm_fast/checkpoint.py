@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from srlm_fast.errors import UserError
 from srlm_fast.model import Llama, LlamaConfig
+from srlm_fast.parallel import sharding_of
 from srlm_fast.rundir import sync_folder
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -69,7 +70,7 @@ def load_model(
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Read a folder's tensors into a Llama's parameters, cast to their dtype, and recompute its buffers.
 
-    The parameters may be fresh from `to_empty` and may be sharded (FSDP2): a rank then reads only its own slices. One
+    The parameters may be fresh from `to_empty` and may be sharded: a rank then reads only its own slices. One
     slice at a time is in memory beside the parameters.
 
     Raises:
@@ -78,18 +79,18 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     """
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # `to_empty` unties them
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()  # FSDP2 would drop what is written into a gathered parameter
-    folder, parameters = Path(folder), dict(model.named_parameters())
-    with _open_tensors(folder, {name: tuple(p.shape) for name, p in parameters.items()}):
+    sharding = sharding_of(model)
+    sharding.reshard()  # what is written into a gathered parameter would be dropped
+    folder = Path(folder)
+    with _open_tensors(folder, sharding.shapes()):
         files = _tensor_files(folder)
-    for name, parameter in parameters.items():
-        local, where = _local_slice(parameter)
-        if local.numel():
-            # A file is mapped into memory, and what has been read of it stays there until it is closed.
-            with _open_file(files.get(name, folder / SINGLE_FILE)) as stored:
-                local.copy_(stored.get_slice(name)[where])
+    for name, parameter in model.named_parameters():
+        for part, where in sharding.parts(parameter):
+            assert part.shape == tuple(ends.stop - ends.start for ends in where), name
+            if part.numel():
+                # A file is mapped into memory, and what has been read of it stays there until it is closed.
+                with _open_file(files.get(name, folder / SINGLE_FILE)) as stored:
+                    part.copy_(stored.get_slice(name)[where])
     model.reset_buffers()
 
 
@@ -196,22 +197,6 @@ def _check(folder: Path, stored: dict[str, Any], shapes: Mapping[str, tuple[int,
             raise UserError(f"{folder}: tensor {name} has shape {found.get_shape()}, the model wants {list(shape)}")
 
 
-def _local_slice(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """What of a parameter lies on this rank, and which slice of the whole it is."""
-    ranges = [(0, size) for size in parameter.shape]
-    if hasattr(parameter, "placements"):  # a DTensor
-        for rank, n_ranks, placement in zip(
-            parameter.device_mesh.get_coordinate(), parameter.device_mesh.shape, parameter.placements
-        ):
-            if placement.is_shard():
-                start, stop = ranges[placement.dim]
-                size = math.ceil((stop - start) / n_ranks)
-                ranges[placement.dim] = (min(start + rank * size, stop), min(start + (rank + 1) * size, stop))
-        parameter = parameter.to_local()
-    assert tuple(parameter.shape) == tuple(stop - start for start, stop in ranges)
-    return parameter, tuple(slice(start, stop) for start, stop in ranges)
-
-
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -238,7 +223,7 @@ def save_weights(
     """Write a Llama as a model folder, readable by transformers and vLLM. All ranks call it, rank 0 writes.
 
     Args:
-        model: a Llama, whole or sharded (FSDP2); its parameters are gathered one by one.
+        model: a Llama, whole or sharded; its parameters are gathered one by one.
         folder: replaced if it holds an earlier model.
         dtype: of the tensors in the files; None keeps the parameters' own.
         max_shard_bytes: a file is closed before it would outgrow this; a model that fits is one file without index.
@@ -247,14 +232,15 @@ def save_weights(
     Raises:
         UserError: on every rank, when the folder cannot be written or holds something else; nothing is left behind.
     """
-    specs = [(name, tuple(p.shape), dtype or p.dtype) for name, p in model.named_parameters()]
+    sharding = sharding_of(model)
+    shapes = sharding.shapes()
+    specs = [(name, shapes[name], dtype or p.dtype) for name, p in model.named_parameters()]
     specs.sort(key=lambda spec: -spec[2].itemsize)  # so that every tensor is aligned in its file
     parameters = dict(model.named_parameters())
 
     def gathered() -> Iterator[Tensor]:
         for name, _, kind in specs:
-            tensor = parameters[name].detach().to(kind)
-            yield tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            yield sharding.whole(parameters[name], kind)
 
     tensors, failure = gathered(), None
     distributed = dist.is_available() and dist.is_initialized()

@@ -19,9 +19,10 @@ from vllm_case import CONFIG, make_model, refusal
 from srlm_fast.engine import load_engine
 from srlm_fast.engine import vllm as module
 from srlm_fast.engine.vllm_process import set_environment
-from srlm_fast.engine.vllm_weights import Probe, counted, expected_shapes, full_tensors, take_probe, untied
+from srlm_fast.engine.vllm_weights import Probe, counted, expected_shapes, take_probe, untied
 from srlm_fast.errors import UserError
 from srlm_fast.iterate import phases
+from srlm_fast.parallel import whole_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 installed = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
@@ -65,7 +66,7 @@ def test_a_shared_head_is_sent_by_itself():
 
 def test_tensors_come_in_the_dtype_that_is_served():
     model = make_model(0)
-    sent = dict(full_tensors(model, torch.bfloat16))
+    sent = dict(whole_tensors(model, torch.bfloat16))
     assert {t.dtype for t in sent.values()} == {torch.bfloat16}
     assert all(torch.equal(sent[name], p.to(torch.bfloat16)) for name, p in model.named_parameters())
 

@@ -265,7 +265,7 @@ class Case:
 
     def cut_off(self) -> Any:
         """Tensors that end too soon, or come twice: refused on the way, and the next push is served."""
-        original, messages = module.full_tensors, {}
+        original, messages = module.whole_tensors, {}
 
         def short(model: nn.Module, dtype: torch.dtype) -> Any:
             return list(original(model, dtype))[:-1]
@@ -275,23 +275,23 @@ class Case:
             return [*tensors, tensors[0]]
 
         for name, replacement in {"short": short, "twice": twice}.items():
-            module.full_tensors = replacement
+            module.whole_tensors = replacement
             messages[name] = [refusal(lambda: self.push("A"))]
-            module.full_tensors = original
+            module.whole_tensors = original
             messages[name] += [refusal(lambda: self.engine.submit([])), self._recovers()]
         return messages
 
     def verified(self) -> Any:
         """One tensor that arrives changed: nothing is generated."""
-        original = module.full_tensors
+        original = module.whole_tensors
 
         def changed(model: nn.Module, dtype: torch.dtype) -> Any:
             for name, tensor in original(model, dtype):
                 yield name, tensor * (1.02 if name.endswith("0.mlp.up_proj.weight") else 1.0)
 
-        module.full_tensors = changed
+        module.whole_tensors = changed
         self.push("B")
-        module.full_tensors = original
+        module.whole_tensors = original
         request = [Request(prompt(9))]
         first, second = (refusal(lambda: self.engine.submit(request)) for _ in range(2))
         return {"first": first, "second": second, "again": self._recovers()}

@@ -12,6 +12,7 @@ from torch import nn
 from srlm_fast.checkpoint import load_model
 from srlm_fast.errors import UserError
 from srlm_fast.model import Llama, LlamaConfig
+from srlm_fast.parallel import whole_tensors
 from srlm_fast.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -51,8 +52,7 @@ def write_back(trained: nn.Module, model: Any) -> None:
     if isinstance(model, (str, Path)) or model is trained:
         return
     theirs = model.state_dict()
-    for name, parameter in trained.named_parameters():
-        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    for name, whole in whole_tensors(trained):
         if whole.data_ptr() != theirs[name].data_ptr():
             theirs[name].copy_(whole)
 

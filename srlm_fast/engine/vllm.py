@@ -44,12 +44,12 @@ from srlm_fast.engine.vllm_weights import (
     check_names,
     counted,
     expected_shapes,
-    full_tensors,
     take_probe,
     untied,
 )
 from srlm_fast.errors import UserError
 from srlm_fast.model import LlamaConfig
+from srlm_fast.parallel import sharding_of, whole_tensors
 from srlm_fast.seeds import derive_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -133,11 +133,11 @@ class VllmEngine:
         Raises:
             UserError: with the names of tensors that are missing, unknown or of another shape; nothing is changed then.
         """
-        check_names({name: tuple(p.shape) for name, p in model.named_parameters()}, expected_shapes(model.config))
+        check_names(sharding_of(model).shapes(), expected_shapes(model.config))
         started = self._llm is not None
         if started:
             self._check_shape(model.config, "the model")
-            self._receive(full_tensors(model, self.dtype))
+            self._receive(whole_tensors(model, self.dtype))
         self._probe = Path(folder), take_probe(model)
         return started  # if not, it starts when the trainer's memory is free again
 

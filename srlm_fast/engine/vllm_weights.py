@@ -31,16 +31,6 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
 
 
-def full_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of a Llama, sharded by FSDP2 or not, one at a time. All ranks iterate it alike."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()  # what a forward pass left gathered
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach().to(dtype)  # before it is gathered: half the bytes on the way
-        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def check_names(found: Shapes, expected: Shapes) -> None:
     """Refuses a set of tensors that is not the model's.
 

@@ -5,6 +5,7 @@
 | `world` | `World`: torchrun's processes and a few collectives |
 | `watch` | `Watch`: the end of all processes when one fails |
 | `recomputation` | activations that are computed again in the backward pass |
+| `sharding` | `Sharding`: what trainer, checkpoints and engines ask of a model that lies on many processes |
 | `fsdp2` | shards of parameters, gradients and moments by FSDP2; the dtype of computation |
 """
 
@@ -16,9 +17,11 @@ from srlm_fast.config.keys import ParallelConfig
 from srlm_fast.model import Llama
 from srlm_fast.parallel.fsdp2 import compute_dtype, mesh_shape, place_in_copy, shard
 from srlm_fast.parallel.recomputation import recompute
+from srlm_fast.parallel.sharding import Sharding, sharding_of, whole_tensors
 from srlm_fast.parallel.world import World, backend
 
 __all__ = [
+    "Sharding",
     "World",
     "backend",
     "compute_dtype",
@@ -27,6 +30,8 @@ __all__ = [
     "place_in_copy",
     "recompute",
     "shard",
+    "sharding_of",
+    "whole_tensors",
 ]
 
 

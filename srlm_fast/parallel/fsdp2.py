@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from srlm_fast.config.keys import ParallelConfig
 from srlm_fast.errors import UserError
@@ -83,3 +94,74 @@ def shard(model: Llama, world: World, options: ParallelConfig | None = None) -> 
         # Where the trainer would put off the whole reduction to the last micro-batch, only that between copies waits.
         model.set_requires_gradient_sync = model.set_requires_all_reduce
     return model
+
+
+class Fsdp2:
+    """The `Sharding` of a model in FSDP2's shards, and of one that a process has whole."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.optimizer: Optimizer | None = None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+
+    def parts(self, parameter: nn.Parameter) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
+        ranges = [(0, size) for size in parameter.shape]
+        if not isinstance(parameter, DTensor):
+            yield parameter, tuple(slice(*ends) for ends in ranges)
+            return
+        mesh = parameter.device_mesh
+        for rank, n_ranks, placement in zip(mesh.get_coordinate(), mesh.shape, parameter.placements):
+            if placement.is_shard():
+                start, stop = ranges[placement.dim]
+                size = math.ceil((stop - start) / n_ranks)
+                ranges[placement.dim] = (min(start + rank * size, stop), min(start + (rank + 1) * size, stop))
+        yield parameter.to_local(), tuple(slice(*ends) for ends in ranges)
+
+    def whole(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        tensor = parameter.detach().to(dtype)  # before it is gathered: half the bytes on the way
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def reshard(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def begin(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        if isinstance(self.model, FSDPModule) and dist.get_world_size() > 1:
+            self.model.set_requires_gradient_sync(last)
+        loss.backward()
+
+    def clip(self, most: float) -> float:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), most)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def end(self) -> None:
+        self.optimizer = None
+
+    def state(self, *, optimizer: bool = True) -> dict[str, Any]:
+        if not optimizer:
+            return {"model": get_model_state_dict(self.model)}
+        model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
+        return {"model": model_state, "optimizer": optimizer_state}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if "optimizer" in state:
+            states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+            set_state_dict(self.model, self.optimizer, **states)
+        else:
+            set_model_state_dict(self.model, state["model"])

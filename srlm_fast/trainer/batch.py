@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from srlm_fast.losses import Objective
 from srlm_fast.losses.logprobs import sequence_sums
 from srlm_fast.losses.unpaired import kl_estimate, midpoint
-from srlm_fast.parallel import World
+from srlm_fast.parallel import Sharding, World
 from srlm_fast.reference import sequence_logps
 from srlm_fast.trainer.examples import Examples
 
@@ -19,19 +18,11 @@ Sums = dict[str, Tensor]
 """This rank's sums over a batch, by metric."""
 
 
-def reshard(model: nn.Module) -> None:
-    """Free what FSDP2 gathered: after a pass without a backward some parameters are left whole, and those are others
-    than the optimizer has and a checkpoint wants."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 class Batches:
     """Runs an objective over batches of examples."""
 
-    def __init__(self, model: nn.Module, objective: Objective, world: World) -> None:
-        self.model, self.objective, self.world = model, objective, world
+    def __init__(self, model: nn.Module, sharding: Sharding, objective: Objective, world: World) -> None:
+        self.model, self.sharding, self.objective, self.world = model, sharding, objective, world
 
     def train(
         self,
@@ -46,9 +37,8 @@ class Batches:
         share = examples.share(batch)
         for number, indices in enumerate(share):
             before(number)
-            if self.world.size > 1:
-                self.model.set_requires_gradient_sync(number == len(share) - 1)
-            self._micro_batch(examples, indices, counts, baseline, totals).backward()
+            loss = self._micro_batch(examples, indices, counts, baseline, totals)
+            self.sharding.backward(loss, last=number == len(share) - 1)
         return totals
 
     @torch.no_grad()
@@ -62,7 +52,7 @@ class Batches:
         for indices in examples.share(batch):
             self._micro_batch(examples, indices, counts, baseline, totals)
         self.model.train(was_training)
-        reshard(self.model)
+        self.sharding.reshard()
         return totals
 
     def _micro_batch(
@@ -81,7 +71,7 @@ class Batches:
         reference = data.pop("reference", None)
         inputs = packed.input_ids, packed.positions, packed.attend
         collisions = self.objective.needs_collisions
-        tokens, entropies, *more = self.model(
+        tokens, entropies, *more = self.sharding.forward(
             *inputs, rows=packed.rows, targets=packed.targets, entropy=True, collisions=collisions
         )
         if collisions:

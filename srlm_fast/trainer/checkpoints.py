@@ -9,18 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
-from torch.optim import Optimizer
 
 from srlm_fast.errors import UserError
-from srlm_fast.parallel import World
+from srlm_fast.parallel import Sharding, World
 from srlm_fast.rundir import sync_folder
 
 _HISTORY = "evaluations.json"
@@ -35,8 +27,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        model: nn.Module,
-        optimizer: Optimizer,
+        sharding: Sharding,
         history: list[dict[str, float]],
         keep: Collection[int] = (),
     ) -> None:
@@ -45,13 +36,9 @@ class Checkpoints:
         if self.world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         self.world.barrier()
-        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = sharding.state()
         try:
-            dcp.save(
-                {"model": model_state, "optimizer": optimizer_state},
-                checkpoint_id=temporary,
-                no_dist=self.world.size == 1,
-            )
+            dcp.save(state, checkpoint_id=temporary, no_dist=self.world.size == 1)
             if self.world.is_main and history:
                 (temporary / _HISTORY).write_text(json.dumps(history), encoding="utf-8")
         except (OSError, CheckpointException) as error:
@@ -66,7 +53,7 @@ class Checkpoints:
                     shutil.rmtree(path)
         self.world.barrier()
 
-    def resume(self, model: nn.Module, optimizer: Optimizer) -> tuple[int, list[dict[str, float]]]:
+    def resume(self, sharding: Sharding) -> tuple[int, list[dict[str, float]]]:
         """Load the newest checkpoint, if any: the number of steps already done, and the evaluations of them.
 
         Raises:
@@ -75,22 +62,21 @@ class Checkpoints:
         newest = self.world.broadcast((self._all() or [None])[-1])
         if newest is None:
             return 0, []
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
+        state = sharding.state()
         self._load(state, newest)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        sharding.load_state(state)
         history = newest / _HISTORY
         return _step(newest), json.loads(history.read_text(encoding="utf-8")) if history.exists() else []
 
-    def load_model(self, step: int, model: nn.Module) -> None:
+    def load_model(self, step: int, sharding: Sharding) -> None:
         """The weights of a kept checkpoint.
 
         Raises:
             UserError: when it cannot be read.
         """
-        state = {"model": get_model_state_dict(model)}
+        state = sharding.state(optimizer=False)
         self._load(state, self.folder / f"step-{step}")
-        set_model_state_dict(model, state["model"])
+        sharding.load_state(state)
 
     def _load(self, state: dict[str, Any], path: Path) -> None:
         try:

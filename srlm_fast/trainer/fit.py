@@ -17,11 +17,11 @@ from torch import nn
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.packing import Item, epoch_order
-from srlm_fast.parallel import World, place_in_copy
+from srlm_fast.parallel import World, place_in_copy, sharding_of
 from srlm_fast.reference import ReferenceCache
 from srlm_fast.rundir import write_json
 from srlm_fast.seeds import derive_seed
-from srlm_fast.trainer.batch import Batches, reshard
+from srlm_fast.trainer.batch import Batches
 from srlm_fast.trainer.checkpoints import Checkpoints
 from srlm_fast.trainer.evaluation import Evaluation
 from srlm_fast.trainer.examples import Examples
@@ -37,7 +37,7 @@ class Trainer:
     """Trains a model in place.
 
     Args:
-        model: a `Llama`, sharded by `parallel.shard` or not, with fp32 parameters.
+        model: a `Llama`, as it is or from `parallel.parallelize`, with fp32 parameters.
         items: the data; for a paired loss every item has the responses (chosen, rejected), or several such pairs of one
             prompt, one after the other; for a loss that reads labels one label per response.
         config: loss, optimizer, schedule and batch sizes.
@@ -89,10 +89,12 @@ class Trainer:
         self.objective = training_objective(config)
         self.examples = self._examples(items, reference)
         self.held_out = self._examples(self.evaluation.items, reference) if self.evaluation.items else None
-        self.batches = Batches(model, self.objective, self.world)
-        reshard(model)
+        self.sharding = sharding_of(model)
+        self.batches = Batches(model, self.sharding, self.objective, self.world)
+        self.sharding.reshard()
         rounding = derive_seed(seed, "moments", place_in_copy(model, self.world))
         self.optimizer = make_optimizer(model, config, rounding % 2**32)
+        self.sharding.begin(self.optimizer)
         steps_per_epoch = math.ceil(len(items) / config.batch_size)
         self.total_steps = min(steps_per_epoch * config.epochs, config.max_steps or steps_per_epoch * config.epochs)
         self.steps_per_epoch = steps_per_epoch
@@ -122,7 +124,7 @@ class Trainer:
             UserError: when the loss or the gradient stops being finite; the last checkpoint is kept.
         """
         metrics: dict[str, float] = {}
-        first_step, self.history = self.checkpoints.resume(self.model, self.optimizer) if self.checkpoints else (0, [])
+        first_step, self.history = self.checkpoints.resume(self.sharding) if self.checkpoints else (0, [])
         self.model.train()
         cuda = [self.world.device] if self.world.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
@@ -161,17 +163,16 @@ class Trainer:
         lr = self.rate(step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
-        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        grad_norm = self.sharding.clip(self.config.max_grad_norm or math.inf)
         metrics, stop = self.batches.metrics(totals, counts, baseline, self.should_stop())
         finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
         if finite:
             self._skipped_in_a_row = 0
-            self.optimizer.step()
+            self.sharding.step()
         else:
+            self.sharding.discard()
             self._nonfinite(step, batch, metrics["loss"], grad_norm)
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"skipped": 1}
-        self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         tokens = sum(self.items[i].n_tokens for i in batch)
         tflops = sum(self.examples.costs[i] for i in batch) / seconds / self.world.size / 1e12
@@ -216,7 +217,7 @@ class Trainer:
             self.model.eval()
             metrics = {**metrics, **self.evaluation.measure(done)}
             self.model.train()
-            reshard(self.model)
+            self.sharding.reshard()
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         self.history.append({"step": done, **metrics})
         self.evaluation.report(self.history[-1])
@@ -243,9 +244,9 @@ class Trainer:
         if rule is None or not rule(self.history):
             return False
         if len(self.history) > 1:
-            self.checkpoints.load_model(int(self.history[-2]["step"]), self.model)
+            self.checkpoints.load_model(int(self.history[-2]["step"]), self.sharding)
         return True
 
     def _save(self, done: int) -> None:
         keep = {int(self.history[-1]["step"])} if self.history and self.evaluation.stop_when else set()
-        self.checkpoints.save(done, self.model, self.optimizer, self.history, keep)
+        self.checkpoints.save(done, self.sharding, self.history, keep)
