@@ -3,7 +3,8 @@
     torchrun --nproc-per-node N scripts/iterate.py --config configs/tiny.yaml [section.key=value ...]
 
 Started again with the same arguments it goes on where it was. --status tells where that is. Exit codes of a process:
-0 done, 2 bad input (one line says what), 143 stopped by SIGTERM or SIGINT with everything finished saved.
+0 done, 2 bad input (one line says what); with everything finished saved 75 stopped by save_by or SIGUSR1, 143 by
+SIGTERM or SIGINT. RUN_DIR/state says in a word how it ended.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node N scripts/train.py --config configs/dpo.yaml model=PATH data=pairs.jsonl [key=value ...]
 
 Started again with the same arguments it goes on where it was. The model is in RUN_DIR/model, metrics are in
-RUN_DIR/metrics.jsonl. Exit codes of a process: 0 done, 2 bad input (one line says what), 143 stopped by SIGTERM or
-SIGINT after a checkpoint.
+RUN_DIR/metrics.jsonl. Exit codes of a process: 0 done, 2 bad input (one line says what); after a checkpoint 75 stopped
+by save_by or SIGUSR1, 143 by SIGTERM or SIGINT. RUN_DIR/state says in a word how it ended.
 """
 
 from __future__ import annotations

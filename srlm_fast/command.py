@@ -13,7 +13,7 @@ from srlm_fast.errors import Interrupted, UserError
 if TYPE_CHECKING:
     from srlm_fast.parallel import World
 
-BAD_INPUT, FAILED, STOPPED = 2, 1, 143
+BAD_INPUT, FAILED = 2, 1
 """Exit codes of a process."""
 T = TypeVar("T")
 
@@ -29,7 +29,8 @@ def run(read: Callable[[], T], work: Callable[[T, World], None]) -> int:
         work: the rest.
 
     Returns:
-        The exit code: 0 done, `BAD_INPUT`, `STOPPED` after saving; with one process an unexpected error is raised.
+        The exit code: 0 done, `BAD_INPUT`, or one of `srlm_fast.stop` after saving; with one process an unexpected
+        error is raised.
     """
     config, unreadable = None, None
     try:
@@ -41,6 +42,7 @@ def run(read: Callable[[], T], work: Callable[[T, World], None]) -> int:
         unreadable = error
     from srlm_fast.parallel import World
     from srlm_fast.parallel.watch import Watch
+    from srlm_fast.rundir import RunDir
 
     world = World()
     watch = Watch(world) if world.size > 1 else None
@@ -50,10 +52,12 @@ def run(read: Callable[[], T], work: Callable[[T, World], None]) -> int:
             raise unreadable
         work(config, world)
     except Interrupted as stopped:
-        code = STOPPED
+        code = stopped.code
         if watch is None:
             print(stopped, file=sys.stderr)
         elif watch.failed():
+            if world.is_main:
+                RunDir(config.run_dir).set_state("failed")  # the run itself took it for a stop
             watch.fail(stopped, code)
         else:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks when the first has left

@@ -23,6 +23,7 @@ from srlm_fast.progress import progress
 from srlm_fast.rollout import Judge
 from srlm_fast.rundir import RunDir
 from srlm_fast.shards import Shard
+from srlm_fast.stop import Stop
 from srlm_fast.tokenizer import check_vocab, load_tokenizer
 
 
@@ -37,7 +38,7 @@ class Context:
         self.config, self.world = config, world
         library.use(config.kernels)
         self.run_dir = RunDir(config.run_dir)
-        self.stopping = False
+        self.stopping = Stop(config.save_by)
         checks.inputs(config)
         if lacking := checks.missing(config):
             raise UserError(lacking[0])
@@ -73,10 +74,17 @@ class Context:
         """Run on rank 0 and give every rank its result, or the same UserError."""
         return self.world.on_main(function)
 
-    def check_stop(self) -> None:
-        """Raise `Interrupted` after SIGTERM or SIGINT. Ranks that generate together stop together."""
-        generating = self._engine_weights is not None
-        if self.world.any_in_group(self.stopping) if generating else self.stopping:
+    def check_stop(self, *, together: bool = False) -> None:
+        """Raise `Interrupted` when it is time to stop. Ranks that generate together stop together.
+
+        together: all ranks call this, and all stop when one has to.
+        """
+        stop = bool(self.stopping)
+        if together:
+            stop = self.world.any(stop)
+        elif self._engine_weights is not None:
+            stop = self.world.any_in_group(stop)
+        if stop:
             raise Interrupted("stopped; the same command goes on from here")
 
     def weights(self, name: str) -> Path:

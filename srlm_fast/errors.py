@@ -9,4 +9,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The program was asked to stop (SIGTERM, SIGINT) and did so after saving what was done."""
+    """The program had to stop (a signal, save_by) and did so after saving what was done."""
+
+    code = 143
+    """Exit code of the process; `srlm_fast.stop` knows which."""

@@ -18,15 +18,12 @@ this file in step.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from srlm_fast.config import Config, input_paths, results_keys, to_dict
 from srlm_fast.context import Context
-from srlm_fast.errors import Interrupted
 from srlm_fast.parallel import World
 from srlm_fast.phases import PhaseResult, data, evaluation, generation, training
 from srlm_fast.rundir import RunDir, atomic_file, fingerprint
@@ -63,24 +60,14 @@ def iterate(config: Config, world: World) -> Context:
 
     Raises:
         UserError: for bad input, before any work starts.
-        Interrupted: on SIGTERM or SIGINT, when what is finished has been written.
+        Interrupted: on a signal or before save_by, when what is finished has been written.
     """
     run = Context(config, world)
-
-    def stop(number: int, frame: Any) -> None:
-        if run.stopping:
-            raise Interrupted(f"stopped at once by a second {signal.Signals(number).name}")
-        run.stopping = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
     run.main(lambda: _open(run))
-    try:
+    with run.stopping.listening(), run.run_dir.at_work(world.is_main):
         for name, phase in phases(config.iterations):
             _run_phase(run, name, phase)
         run.close()
-    finally:
-        run.run_dir.unlock()
     return run
 
 
@@ -98,7 +85,7 @@ def _run_phase(run: Context, name: str, phase: Phase) -> None:
     """One phase, unless it is done; recorded when all ranks have finished."""
     if run.main(lambda: run.run_dir.phase(name)) is not None:
         return
-    run.check_stop()
+    run.check_stop(together=True)
     run.main(lambda: run.run_dir.discard_changed(name))
     started = time.perf_counter()
     outputs, counts = phase(run)

@@ -5,6 +5,7 @@
       config.yaml       the whole configuration
       phases/NAME.json  written last, when a phase is done: counts, seconds, its output files with size and digest
       metrics.jsonl     one JSON object per training step and per phase
+      state             running, done, stopped (the same command goes on) or failed
 
 A phase is a function from files to files. Every file is written under a temporary name, synced and renamed, so a
 reader never sees half of one; a phase without its phases/NAME.json is done again.
@@ -19,11 +20,11 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from srlm_fast.errors import UserError
+from srlm_fast.errors import Interrupted, UserError
 
 FORMAT_VERSION = 2
 _DIGEST_LIMIT = 64 << 20
@@ -185,6 +186,31 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    @contextmanager
+    def at_work(self, writes: bool = True) -> Iterator[None]:
+        """RUN/state is `running` in the block and `done`, `stopped` or `failed` after it; the lock is let go of.
+
+        writes: whether this process writes it.
+        """
+        if writes:
+            self.set_state("running")
+        try:
+            yield
+            if writes:
+                self.set_state("done")
+        except Exception as error:
+            if writes:
+                with suppress(UserError):
+                    self.set_state("stopped" if isinstance(error, Interrupted) else "failed")
+            raise
+        finally:
+            self.unlock()
+
+    def set_state(self, word: str) -> None:
+        """Write RUN/state, which a batch script reads."""
+        with atomic_file(self / "state") as file:
+            file.write(f"{word}\n")
 
     def phase(self, name: str) -> dict[str, Any] | None:
         """What was recorded when the phase was done; None if it is not done or its files are gone or changed."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +36,7 @@ from srlm_fast.progress import progress
 from srlm_fast.reference import ReferenceCache, fill, reference_items
 from srlm_fast.rundir import RunDir, atomic_file, fingerprint, write_json
 from srlm_fast.seeds import derive_seed
+from srlm_fast.stop import Stop
 from srlm_fast.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from srlm_fast.trainer import Evaluation, Trainer, training_objective, worse_than_before
 
@@ -54,14 +54,14 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
 
     Raises:
         UserError: for bad input, before any work starts, or a loss that is not finite.
-        Interrupted: on SIGTERM or SIGINT, after a checkpoint.
+        Interrupted: on a signal or before save_by, after a checkpoint.
     """
     library.use(config.kernels)
     objective = training_objective(config.training)
     inputs = _inputs(config, objective)
-    run, stopping = RunDir(config.run_dir), _stop_signal()
+    run, stopping = RunDir(config.run_dir), Stop(config.save_by)
     world.on_main(lambda: _open(run, config, inputs))
-    try:
+    with stopping.listening(), run.at_work(world.is_main):
         record = world.on_main(lambda: run.phase("train"))
         if record is not None:
             return record["counts"]
@@ -95,8 +95,6 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
         world.on_main(lambda: run.finish("train", [run / "model"], time.perf_counter() - started, counts))
         world.on_main(lambda: _discard_states(run / "checkpoints"))
         return counts
-    finally:
-        run.unlock()
 
 
 def _discard_states(checkpoints: Path) -> None:
@@ -115,7 +113,7 @@ def _trainer(
     cache: ReferenceCache | None,
     run: RunDir,
     world: World,
-    stopping: list[bool],
+    stopping: Stop,
 ) -> Trainer:
     def log(phase: str) -> Callable[[dict[str, float]], None]:
         return lambda metrics: run.log({"phase": phase, **metrics}) if world.is_main else None
@@ -145,14 +143,14 @@ def _reference(
     load_model: Callable[[], torch.nn.Module],
     config: TrainRunConfig,
     world: World,
-    stopping: list[bool],
+    stopping: Stop,
 ) -> ReferenceCache:
     """The reference log-probs of all items, from the folder or computed."""
     needed = [item for part in parts if part for item in reference_items(part, objective)]
     with progress("reference", len(needed) // world.size, unit="items", enabled=world.is_main) as advance:
 
         def on_done(n: int) -> None:
-            if stopping:
+            if world.any(bool(stopping)):  # all ranks alike, for each takes part in every batch
                 raise Interrupted("stopped; the same command goes on from here")
             advance(n)
 
@@ -223,17 +221,3 @@ def _open(run: RunDir, config: TrainRunConfig, inputs: dict[str, list[Path]]) ->
     run.lock()
     with atomic_file(run / "config.yaml") as file:
         yaml.safe_dump(to_dict(config), file, sort_keys=False)
-
-
-def _stop_signal() -> list[bool]:
-    """A list that is no longer empty after SIGTERM or SIGINT; a second one raises Interrupted at once."""
-    stopping: list[bool] = []
-
-    def stop(number: int, frame: Any) -> None:
-        if stopping:
-            raise Interrupted(f"stopped at once by a second {signal.Signals(number).name}")
-        stopping.append(True)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    return stopping

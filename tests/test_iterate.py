@@ -174,20 +174,29 @@ def test_killed_in_every_phase_ends_with_the_same_weights(undisturbed, tmp_path)
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 def test_two_ranks_with_a_stop_in_between(tmp_path):
-    """FSDP2 on two ranks; SIGTERM on the way saves what is done; the end is that of an undisturbed run."""
+    """FSDP2 on two ranks; a signal on the way saves what is done; the end is that of an undisturbed run."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     done = run(command(whole, ranks=2))
     assert done.returncode == 0, done.stderr[-3000:]
+    python, *launch, nproc, ranks, script = command(stopped, ranks=2)[:7]
+    hand_on = ["--signals-to-handle", "SIGTERM,SIGUSR1", "--shutdown-timeout", "240"]
     process = subprocess.Popen(
-        command(stopped, ranks=2), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [python, *launch, *hand_on, nproc, ranks, script, *command(stopped, ranks=2)[7:]],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     while not (stopped / "phases/m1/pairs.json").exists() and process.poll() is None:
         time.sleep(0.01)
-    process.terminate()
-    process.wait(timeout=60)
+    process.send_signal(signal.SIGUSR1)
+    process.wait(timeout=240)
+    assert (stopped / "state").read_text() == "stopped\n"
     assert not (stopped / "phases/m3/train.json").exists()
+    done = run(command(stopped, "save_by=0s"))
+    assert done.returncode == 75 and "stopped; the same command goes on from here" in done.stderr
     done = run(command(stopped, ranks=2))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (stopped / "state").read_text() == "done\n"
     assert_same_weights(whole, stopped)
 
 

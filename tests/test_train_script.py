@@ -20,6 +20,7 @@ from srlm_fast.config.tree import read
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.model import Llama, LlamaConfig
 from srlm_fast.parallel import World
+from srlm_fast.stop import Stop
 from srlm_fast.tokenizer import load_tokenizer
 from srlm_fast.train_run import train
 
@@ -119,20 +120,22 @@ def test_stopped_and_started_again_equals_undisturbed(tmp_path, shared_data, mod
     data = head(tmp_path / "rows.json", shared_data(DPO), 30)
     options = ("eval_share=0.2", "eval_every=2", "dropout=0.1", "training.checkpoint_every=1")
     expected = run(model_folder, tmp_path / "a", data, *options)
-    stopping: list[bool] = []
+    stopping = Stop()
     real = train_run.RunDir.log
 
     def log(self, record):
         real(self, record)
         if record.get("phase") == "train" and record["step"] == 3:
-            stopping.append(True)
+            stopping.request(signal.SIGUSR1)
 
-    monkeypatch.setattr(train_run, "_stop_signal", lambda: stopping)
+    monkeypatch.setattr(train_run, "Stop", lambda save_by: stopping)
     monkeypatch.setattr(train_run.RunDir, "log", log)
     with pytest.raises(Interrupted, match="stopped after step 4 of 6"):
         run(model_folder, tmp_path / "b", data, *options)
-    stopping.clear()
+    assert (tmp_path / "b/state").read_text() == "stopped\n"
+    stopping = Stop()
     counts = run(model_folder, tmp_path / "b", data, *options)
+    assert (tmp_path / "b/state").read_text() == "done\n"
     assert [row["step"] for row in lines(tmp_path / "b/metrics.jsonl") if row["phase"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert counts["eval_loss"] == expected["eval_loss"]
     ours, theirs = (load_file(tmp_path / name / "model/model.safetensors") for name in "ab")
@@ -225,7 +228,7 @@ def script(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_sigterm_saves_the_state(tmp_path, shared_data, model_folder):
+def test_a_signal_or_save_by_saves_the_state(tmp_path, shared_data, model_folder):
     data = head(tmp_path / "rows.json", shared_data(DPO), 20)
     command = [sys.executable, "scripts/train.py", *configured(model_folder, tmp_path / "run", data)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -242,6 +245,9 @@ def test_sigterm_saves_the_state(tmp_path, shared_data, model_folder):
     (state,) = (tmp_path / "run/checkpoints").iterdir()
     done = int(state.name.removeprefix("step-"))
     assert done == lines(tmp_path / "run/metrics.jsonl")[-1]["step"]
+    again = script(*configured(model_folder, tmp_path / "run", data, "training.max_steps=100000", "save_by=0s"))
+    assert again.returncode == 75 and f"stopped after step {done + 1} of" in again.stderr
+    assert (tmp_path / "run/state").read_text() == "stopped\n"
     refused = script(*configured(model_folder, tmp_path / "run", data, "training.max_steps=7"))
     assert refused.returncode == 2 and "training.max_steps: was 100000, now 7" in refused.stderr
 

@@ -303,6 +303,12 @@ class ParallelConfig:
 class Config:
     run_dir: str = key("runs/default", "folder of the run; relative to the working directory", operational=True)
     seed: int = key(0, "every random choice derives from it")
+    save_by: str | None = key(
+        None,
+        "when to save and end, to be requeued: a duration after the start (2h50m), a date with a time "
+        "(2026-11-24T06:00), or slurm-10m, so long before the end of the Slurm job; none: never",
+        operational=True,
+    )
     iterations: int = key(2, "rounds of self-rewarding DPO after M1 (paper: two, M2 and M3)", operational=True)
     kernels: str = key(
         "fused",

@@ -13,6 +13,12 @@ class TrainRunConfig:
     """One training run outside the self-rewarding loop."""
 
     run_dir: str = key("runs/train", "folder of the run; relative to the working directory", operational=True)
+    save_by: str | None = key(
+        None,
+        "when to save and end, to be requeued: a duration after the start (2h50m), a date with a time "
+        "(2026-11-24T06:00), or slurm-10m, so long before the end of the Slurm job; none: never",
+        operational=True,
+    )
     model: str = key("", "folder of the model in Hugging Face layout (config.json, safetensors)", path=True)
     tokenizer: str | None = key(None, "tokenizer file or folder; none: the model's", path=True)
     data: tuple[str, ...] = key((), "files of rows to train on (.jsonl, .json, gzipped or not, .parquet)", path=True)

@@ -92,6 +92,10 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def any(self, flag: bool) -> bool:
+        """Whether a rank says so."""
+        return self.sum([float(flag)])[0] > 0
+
     def gather(self, value: Any) -> list[Any]:
         """The ranks' picklable values, in rank order, on every rank."""
         if self.size == 1:

@@ -77,7 +77,7 @@ def _forward(run: Context, t: int, items: list[Item], weights_id: str, folder: P
     with progress(f"m{t}/reference", len(items) // run.world.size, unit="pairs", enabled=run.world.is_main) as advance:
 
         def on_done(n: int) -> None:
-            run.check_stop()
+            run.check_stop(together=True)
             advance(n)
 
         return fill(
@@ -180,7 +180,7 @@ def _train(
         seed=derive_seed(run.config.seed, phase),
         checkpoint_dir=folder,
         on_step=on_step,
-        should_stop=lambda: run.stopping,
+        should_stop=lambda: bool(run.stopping),
     )
     with progress(phase, trainer.total_steps, unit="steps", enabled=run.world.is_main) as advance:
         trainer.fit()
