@@ -20,7 +20,7 @@ def main() -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=formatter)
     parser.add_argument("--config", help="YAML file of keys")
-    parser.add_argument("--gpus", required=True, help=f"number x one of {', '.join(GPUS)}")
+    parser.add_argument("--gpus", help=f"number x one of {', '.join(GPUS)}; without it the key gpus")
     parser.add_argument("--model", help="a published size, such as llama2-70b; without it the shape of model.path")
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -28,7 +28,7 @@ def main() -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         shape, assumptions = read_shape(config, arguments.model), read(Assumptions(), None, arguments.assume)
-        plan = Plan(config, shape, Machine.parse(arguments.gpus), assumptions)
+        plan = Plan(config, shape, Machine.parse(arguments.gpus or config.gpus), assumptions)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

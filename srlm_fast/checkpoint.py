@@ -129,6 +129,14 @@ def weights_id(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+def check_weights(folder: str | Path) -> None:
+    """Raises UserError as `load_weights` does; reads no more than the headers of the files."""
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Llama(read_config(folder)).named_parameters()}
+    with _open_tensors(Path(folder), shapes):
+        pass
+
+
 @contextmanager
 def _open_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, Any]]:
     """{tensor name: open safetensors file}, after checking that the folder holds tensors of just these shapes."""

@@ -302,6 +302,11 @@ class ParallelConfig:
 @dataclass
 class Config:
     run_dir: str = key("runs/default", "folder of the run; relative to the working directory", operational=True)
+    gpus: str | None = key(
+        None,
+        "the machine that the run is meant for, such as 16xH100-80; read by scripts/plan.py and --dry-run alone",
+        operational=True,
+    )
     seed: int = key(0, "every random choice derives from it")
     save_by: str | None = key(
         None,

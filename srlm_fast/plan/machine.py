@@ -38,12 +38,14 @@ class Machine:
     per_node: int = 8
 
     @classmethod
-    def parse(cls, text: str) -> Machine:
+    def parse(cls, text: str | None) -> Machine:
         """Of "16xH100-80".
 
         Raises:
-            UserError: for another form or an unknown GPU.
+            UserError: for nothing, another form or an unknown GPU.
         """
+        if not text:
+            raise UserError("which machine? Give --gpus, such as --gpus 8xH100-80, or the key gpus")
         count, _, name = text.partition("x")
         if not count.isdecimal() or int(count) < 1 or name not in GPUS:
             raise UserError(f"--gpus {text!r}: must be a number, x and one of {', '.join(GPUS)}, such as 16xH100-80")
