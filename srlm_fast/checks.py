@@ -68,8 +68,13 @@ def losses(config: Config) -> None:
         raise UserError(f"sft.loss={config.sft.loss} needs labels, SFT has none; use sft")
     if not dpo.paired:
         raise UserError(f"dpo.loss={config.dpo.loss} does not compare pairs; use dpo")
-    if dpo.needs_labels:
-        raise UserError(f"dpo.loss={config.dpo.loss} needs labels, which a run does not make; use another")
+    if dpo.needs_labels and config.pairs.labels is None:
+        raise UserError(f"dpo.loss={config.dpo.loss} reads labels: choose how they are made by pairs.labels")
+    if config.pairs.labels is not None and not dpo.needs_labels:
+        raise UserError(
+            f"pairs.labels={config.pairs.labels}, but dpo.loss={config.dpo.loss} reads no labels; use cream or sppo, "
+            "or leave pairs.labels out"
+        )
     if dpo.needs_heads and config.reference.source == "rollout":
         raise UserError(
             f"dpo.loss={config.dpo.loss} compares the heads of responses, whose log-probs the engine does not keep; "

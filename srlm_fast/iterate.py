@@ -7,8 +7,9 @@
     m1/train           M1: M0 on IFT + EFT
     mT/prompts         new prompts
     mT/candidates      M_T answers them and judges its own answers
+    ...                what a follow-up method adds (`_additions`)
     mT/pairs           best answers against worst
-    mT/reference       log-probs of the pairs under M_T
+    mT/reference       log-probs of the pairs under the reference
     m(T+1)/train       DPO from M_T
     NAME/evaluate      held-out answers and judge metrics of every model
 
@@ -22,16 +23,18 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from srlm_fast import guards
 from srlm_fast.config import Config, input_paths, results_keys, to_dict
 from srlm_fast.context import Context
+from srlm_fast.errors import UserError
 from srlm_fast.parallel import World
-from srlm_fast.phases import PhaseResult, data, evaluation, generation, training
+from srlm_fast.phases import PhaseResult, data, evaluation, generation, meta_judging, pairing, training
 from srlm_fast.rundir import RunDir, atomic_file, fingerprint
 
 Phase = Callable[[Context], PhaseResult]
 
 
-def phases(iterations: int) -> list[tuple[str, Phase]]:
+def phases(config: Config) -> list[tuple[str, Phase]]:
     """(name, function) of every phase, in order."""
 
     def model(name: str, train: Phase) -> list[tuple[str, Phase]]:
@@ -44,15 +47,42 @@ def phases(iterations: int) -> list[tuple[str, Phase]]:
         ("eft/select", generation.select_eft),
         *model("m1", partial(training.sft, name="m1", sources=("data/ift.jsonl", "eft/train.jsonl"))),
     ]
-    for t in range(1, iterations + 1):
+    for t in range(1, config.iterations + 1):
         order += [
             (f"m{t}/prompts", partial(generation.new_prompts, t=t)),
             (f"m{t}/candidates", partial(generation.candidates, t=t)),
-            (f"m{t}/pairs", partial(generation.make_pairs, t=t)),
+            *_additions(config, t),
+            (f"m{t}/pairs", partial(pairing.make_pairs, t=t)),
             (f"m{t}/reference", partial(training.reference, t=t)),
             *model(f"m{t + 1}", partial(training.dpo, t=t)),
         ]
     return order
+
+
+def _additions(config: Config, t: int) -> list[tuple[str, Phase]]:
+    """What the follow-up methods that are on do between candidates and pairs (docs/methods.md)."""
+
+    def answers(kind: str) -> list[tuple[str, Phase]]:
+        return [
+            (f"m{t}/{kind}", partial(pairing.other_answers, t=t, kind=kind)),
+            (f"m{t}/{kind}_judged", partial(pairing.judge_others, t=t, kind=kind)),
+        ]
+
+    added: list[tuple[str, Phase]] = []
+    if config.meta_judge.enabled and t <= config.meta_judge.iterations:
+        added.append((f"m{t}/comparisons", partial(meta_judging.compare, t=t)))
+    if config.pairs.labels == "previous":
+        added.append((f"m{t}/previous", partial(pairing.judge_previous, t=t)))
+    if config.temporal.anchor is not None:
+        added += answers("past")
+    if config.temporal.future:
+        added += [
+            (f"m{t}/draft_pairs", partial(pairing.make_pairs, t=t, draft=True)),
+            (f"m{t}/draft_reference", partial(training.reference, t=t, draft=True)),
+            (f"m{t}f/train", partial(training.dpo, t=t, draft=True)),
+            *answers("future"),
+        ]
+    return added
 
 
 def iterate(config: Config, world: World) -> Context:
@@ -65,7 +95,7 @@ def iterate(config: Config, world: World) -> Context:
     run = Context(config, world)
     run.main(lambda: _open(run))
     with run.stopping.listening(), run.run_dir.at_work(world.is_main):
-        for name, phase in phases(config.iterations):
+        for name, phase in phases(config):
             _run_phase(run, name, phase)
         run.close()
     return run
@@ -84,6 +114,7 @@ def _open(run: Context) -> None:
 def _run_phase(run: Context, name: str, phase: Phase) -> None:
     """One phase, unless it is done; recorded when all ranks have finished."""
     if run.main(lambda: run.run_dir.phase(name)) is not None:
+        run.main(lambda: _stop_if_guarded(run, name))
         return
     run.check_stop(together=True)
     run.main(lambda: run.run_dir.discard_changed(name))
@@ -94,20 +125,36 @@ def _run_phase(run: Context, name: str, phase: Phase) -> None:
 
     def finish() -> None:
         run.run_dir.finish(name, outputs, seconds, counts)
-        run.run_dir.log({"phase": name, "seconds": round(seconds, 3), **counts})
+        crossed = guards.check(name, run.run_dir.counts, run.config.guards)
+        found = {"guards": {finding.guard: finding.value for finding in crossed}} if crossed else {}
+        run.run_dir.log({"phase": name, "seconds": round(seconds, 3), **counts, **found})
         shown = ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in counts.items()
         )
         print(f"[{seconds:6.1f} s] {name}: {shown}", flush=True)
+        for finding in crossed:
+            print(f"           warning: {finding.text}", flush=True)
+        _stop_if_guarded(run, name)
 
     run.main(finish)
+
+
+def _stop_if_guarded(run: Context, name: str) -> None:
+    """Raise UserError where guards.action=stop and a bound is crossed by a phase that is done."""
+    if run.config.guards.action != "stop":
+        return
+    if crossed := guards.check(name, run.run_dir.counts, run.config.guards):
+        raise UserError(
+            f"stopped behind {name}, which is done and kept: {'. '.join(finding.text for finding in crossed)}. Look at "
+            f"the run; then raise the bound (guards.{crossed[0].guard}=...), or give guards.action=warn, to go on"
+        )
 
 
 def status(config: Config) -> str:
     """Where a run is: every phase with its seconds, and how far the one in progress has come. Changes nothing."""
     run_dir = RunDir(config.run_dir)
     lines, pending = [], 0
-    for name, _ in phases(config.iterations):
+    for name, _ in phases(config):
         record = run_dir.phase(name)
         if record is not None:
             lines.append(f"  done     {name:<16} {record['seconds']:9.1f} s")

@@ -6,7 +6,7 @@ criteria, a justification before the score, reward = mean of the sampled scores.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,6 @@ Keep to the perspective of an AI assistant throughout, utilizing web search know
 criteria one after the other and let the points add up to the total.
 """
 
-_PLACE = re.compile(r"\{(instruction|response)\}")
 # "Score:" and a number after it, on one line; markdown emphasis and brackets around either are let through.
 # The echo "Score: <total points>" holds no number and is no mention.
 _MENTION = re.compile(r"\bscore[ \t*_]*:[ \t*_<\[(]*([-+]?[0-9][^\s/]*(?:[ \t]*(?:/|out of)[ \t]*[0-9]\S*)?)", re.I)
@@ -68,24 +67,30 @@ def load_template(path: str | Path | None = None) -> str:
 
     Raises UserError when the file cannot be read or lacks {instruction} or {response}.
     """
-    if path is None:
-        return TEMPLATE
+    return TEMPLATE if path is None else read_template(path, ("instruction", "response"), "judge")
+
+
+def read_template(path: str | Path, places: Sequence[str], what: str) -> str:
+    """Text of a prompt file that holds each of the places in braces; UserError otherwise."""
     try:
         template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the judge template ({error})") from None
-    missing = {"instruction", "response"} - set(_PLACE.findall(template))
+        raise UserError(f"{path}: cannot read the {what} template ({error})") from None
+    missing = sorted(name for name in places if f"{{{name}}}" not in template)
     if missing:
-        places = " and ".join(f"{{{name}}}" for name in sorted(missing))
-        raise UserError(f"{path}: the judge template has no place {places}; write it where that text belongs")
+        named = " and ".join(f"{{{name}}}" for name in missing)
+        raise UserError(f"{path}: the {what} template has no place {named}; write it where that text belongs")
     return template
 
 
+def fill_template(template: str, texts: Mapping[str, str]) -> str:
+    """A template with its places filled in one pass, so that a text that says "{response}" is not filled again."""
+    return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda place: texts[place[1]], template)
+
+
 def judge_prompt(instruction: str, response: str, template: str = TEMPLATE) -> str:
-    """The prompt that asks for one judgement. Braces in either text stay as they are: the places of the template
-    are filled in one pass, so an instruction that says "{response}" is not filled again."""
-    texts = {"instruction": instruction, "response": response}
-    return _PLACE.sub(lambda place: texts[place[1]], template)
+    """The prompt that asks for one judgement. Braces in either text stay as they are."""
+    return fill_template(template, {"instruction": instruction, "response": response})
 
 
 def parse_score(text: str, *, decimals: bool = True, max_score: float = 5.0, which: str = "last") -> float | None:

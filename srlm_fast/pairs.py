@@ -1,7 +1,8 @@
 """Scored candidates -> preference pairs with full provenance.
 
 Source: arXiv 2401.10020, section 2.2: the candidate with the highest mean score against the one with the lowest, no
-pair where both are equal. Which of several tied candidates is taken is not given there.
+pair where both are equal. Which of several tied candidates is taken is not given there. `srlm_fast.selection` has this
+rule and others.
 """
 
 import random
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from srlm_fast.errors import UserError
+from srlm_fast.selection import RULES, Candidate, Slot
 
 FORMAT = 2  # of the rows below; raised when a field changes its meaning
 COUNTS = {
@@ -18,8 +20,9 @@ COUNTS = {
     "truncated": "candidates that ended at the token limit (left out unless keep_truncated)",
     "too_few": "prompts with fewer than two candidates left",
     "equal": "prompts whose highest and lowest scores are equal",
-    "identical": "prompts whose best and worst candidates have the same text",
-    "tied": "pairs for which several candidates were tied at an end",
+    "close": "prompts whose scores differ by less than pairs.margin",
+    "identical": "prompts whose answers to be paired have the same text",
+    "tied": "pairs for which several candidates were tied at an end, or stood in its share of pairs.length_control",
     "pairs": "pairs made",
 }
 _TIES = ("random", "first", "length")
@@ -29,17 +32,25 @@ def make_pairs(
     records: Iterable[dict[str, Any]],
     *,
     weights_id: str,
+    select: str = "max_min",
+    k: int = 1,
+    margin: float = 0.0,
+    length_control: float = 0.0,
     ties: str = "random",
     keep_truncated: bool = True,
     seed: int = 0,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """At most one pair per prompt, in the order of the records, and the counts of `COUNTS`.
+    """The pairs of every prompt, in the order of the records, and the counts of `COUNTS`.
 
     Args:
         records: one per prompt: "prompt_id", "prompt" (text or messages), "prompt_ids" (token ids) and "candidates",
             each with "index", "text", "token_ids", "finish_reason", "score" (mean, or None) and whatever else is to be
-            kept with the pair: "judgements", "seed", ...
-        weights_id: of the model that wrote and judged the candidates.
+            kept with the pair: "judgements", "seed", ... Answers of other models than the judging one have "by",
+            "past" or "future" (`selection.pools`).
+        weights_id: of the model that judged the candidates, and wrote those without "by".
+        select, k: which answers are paired, a name of `selection.RULES`.
+        margin: least difference of the two scores; it is above 0 in any case.
+        length_control: rho of `selection.tiers`, of max_min; above 0 it decides instead of `ties`.
         ties: which of several candidates tied at the highest or at the lowest score are taken, among those with
             different texts: "random" draws by (seed, prompt id), "first" takes the lowest indices, "length" the
             shortest chosen and then the longest rejected (in tokens).
@@ -47,8 +58,8 @@ def make_pairs(
 
     Returns:
         Rows that TRL reads ("prompt", "chosen", "rejected"; chat messages where the prompt is) and, beside them,
-        "format", "id", "weights_id", "pair_seed", "prompt_ids", "chosen_ids", "rejected_ids", "chosen_score",
-        "rejected_score", "chosen_index", "rejected_index" and "candidates" as they came.
+        "format", "kind", "id", "prompt_id", "weights_id", "pair_seed", "prompt_ids", "chosen_ids", "rejected_ids",
+        "chosen_score", "rejected_score", "chosen_index", "rejected_index" and "candidates" as they came.
     """
     if ties not in _TIES:
         raise UserError(f'pairs.ties is "{ties}"; it must be one of {", ".join(_TIES)}')
@@ -57,14 +68,18 @@ def make_pairs(
     for record in records:
         counts["prompts"] += 1
         candidates = _usable(record["candidates"], keep_truncated, counts)
-        pair = _choose(candidates, ties, random.Random(f"{seed}/{record['prompt_id']}"), counts)
-        if pair:
-            counts["pairs"] += 1
-            rows.append(_row(record, *pair, weights_id, seed))
+        rng = random.Random(f"{seed}/{record['prompt_id']}")
+        if len(candidates) < 2:
+            counts["too_few"] += 1
+            continue
+        slots = RULES[select](candidates, k, length_control, rng)
+        found = _choose(slots, margin, "length" if length_control else ties, rng, counts)
+        counts["pairs"] += len(found)
+        rows += [_row(record, number, *pair, weights_id, seed) for number, pair in enumerate(found)]
     return rows, counts
 
 
-def _usable(candidates: list[dict[str, Any]], keep_truncated: bool, counts: dict[str, int]) -> list[dict[str, Any]]:
+def _usable(candidates: list[Candidate], keep_truncated: bool, counts: dict[str, int]) -> list[Candidate]:
     usable = []
     for candidate in sorted(candidates, key=lambda candidate: candidate["index"]):
         truncated = candidate["finish_reason"] == "length"
@@ -77,40 +92,41 @@ def _usable(candidates: list[dict[str, Any]], keep_truncated: bool, counts: dict
 
 
 def _choose(
-    candidates: list[dict[str, Any]], ties: str, rng: random.Random, counts: dict[str, int]
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """(chosen, rejected), or None with the reason counted."""
-    if len(candidates) < 2:
-        counts["too_few"] += 1
-        return None
-    scores = [candidate["score"] for candidate in candidates]
-    if max(scores) == min(scores):
-        counts["equal"] += 1
-        return None
-    best = [candidate for candidate in candidates if candidate["score"] == max(scores)]
-    worst = [candidate for candidate in candidates if candidate["score"] == min(scores)]
-    pairs = [(b, w) for b in best for w in worst if b["text"].strip() != w["text"].strip()]
-    if not pairs:
-        counts["identical"] += 1
-        return None
-    counts["tied"] += len(best) > 1 or len(worst) > 1
-    if ties == "random":
-        return rng.choice(pairs)
-    if ties == "first":
-        return pairs[0]
-    return min(pairs, key=lambda pair: (len(pair[0]["token_ids"]), -len(pair[1]["token_ids"])))
+    slots: list[Slot], margin: float, ties: str, rng: random.Random, counts: dict[str, int]
+) -> list[tuple[Candidate, Candidate]]:
+    """(chosen, rejected) of every slot that has such a pair; where none has one the reason is counted."""
+    found, reasons = [], set()
+    for best, worst in slots:
+        apart = [(b, w) for b in best for w in worst if b["score"] > w["score"]]
+        wide = [(b, w) for b, w in apart if b["score"] - w["score"] >= margin]
+        pairs = [(b, w) for b, w in wide if b["text"].strip() != w["text"].strip()]
+        if not pairs:
+            reasons.add("identical" if wide else "close" if apart else "equal")
+            continue
+        counts["tied"] += len(best) > 1 or len(worst) > 1
+        if ties == "random":
+            found.append(rng.choice(pairs))
+        elif ties == "first":
+            found.append(pairs[0])
+        else:
+            found.append(min(pairs, key=lambda pair: (len(pair[0]["token_ids"]), -len(pair[1]["token_ids"]))))
+    if not found:
+        counts[next((reason for reason in ("identical", "close") if reason in reasons), "equal")] += 1
+    return found
 
 
 def _row(
-    record: dict[str, Any], chosen: dict[str, Any], rejected: dict[str, Any], weights_id: str, seed: int
+    record: dict[str, Any], number: int, chosen: Candidate, rejected: Candidate, weights_id: str, seed: int
 ) -> dict[str, Any]:
-    def shown(candidate: dict[str, Any]) -> str | list[dict[str, str]]:
+    def shown(candidate: Candidate) -> str | list[dict[str, str]]:
         text = candidate["text"]
         return text if isinstance(record["prompt"], str) else [{"role": "assistant", "content": text}]
 
     return {
         "format": FORMAT,
-        "id": record["prompt_id"],
+        "kind": "answers",
+        "id": f"{record['prompt_id']}/{number}" if number else record["prompt_id"],
+        "prompt_id": record["prompt_id"],
         "prompt": record["prompt"],
         "chosen": shown(chosen),
         "rejected": shown(rejected),

@@ -217,6 +217,11 @@ class RunDir:
         record = self._record(name)
         return None if record is None or any(self._changed(record)) else record
 
+    def counts(self, name: str) -> dict[str, Any] | None:
+        """What a phase counted when it was last done; None if it never was."""
+        record = self._record(name)
+        return None if record is None else record["counts"]
+
     def discard_changed(self, name: str) -> None:
         """Delete the rows of a phase that are not as they were recorded, so that it makes them again.
 

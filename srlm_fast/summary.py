@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import chain
 from typing import Any
 
+from srlm_fast import guards
 from srlm_fast.context import Context
+from srlm_fast.data import read_rows
+from srlm_fast.phases.training import pair_files
 from srlm_fast.rundir import write_json
 
 COLUMNS = {
@@ -21,7 +25,8 @@ COLUMNS = {
     "ties": "judge: share of equal scores",
     "characters": "mean length of held-out answers",
     "pairs": "preference pairs the model was trained on",
-    "right": "share of those pairs that the truth orders the same way",
+    "right": "share of its pairs of answers that the truth orders the same way",
+    "guards": "bounds that its phases crossed (guards.*)",
 }
 """Columns of the table and of summary.json, with their meaning."""
 
@@ -32,7 +37,7 @@ def summarize(run: Context) -> list[dict[str, Any]]:
     for t, name in enumerate(["sft", *(f"m{t}" for t in range(1, run.config.iterations + 2))], start=-1):
         metrics = json.loads((run.run_dir / f"{name}/metrics.json").read_text(encoding="utf-8"))
         judge = metrics.get("judge_truth", metrics["judge"])
-        pairs = run.rows(f"m{t}/pairs.jsonl") if t >= 1 else []
+        pairs = [row for _, row in chain(*map(read_rows, pair_files(run, t)))] if t >= 1 else []
         rows.append(
             {
                 "model": name.upper(),
@@ -47,9 +52,17 @@ def summarize(run: Context) -> list[dict[str, Any]]:
                 "characters": metrics.get("answer_characters"),
                 "pairs": len(pairs) or None,
                 "right": _share_right(run, pairs),
+                "guards": _crossed(run, name),
             }
         )
     return rows
+
+
+def _crossed(run: Context, name: str) -> str | None:
+    """The guards that a model's phases crossed, by the bounds of now."""
+    phases = (f"{name}/{kind}" for kind in ("train", "evaluate", "candidates"))
+    found = (guards.check(phase, run.run_dir.counts, run.config.guards) for phase in phases)
+    return ", ".join(dict.fromkeys(finding.guard for of_phase in found for finding in of_phase)) or None
 
 
 def _share_right(run: Context, pairs: list[dict[str, Any]]) -> float | None:
@@ -59,7 +72,8 @@ def _share_right(run: Context, pairs: list[dict[str, Any]]) -> float | None:
     from srlm_fast.phases.evaluation import TRUTHS
 
     truth = TRUTHS[run.config.evaluate.truth]
-    scores = [(truth(p["prompt"], p["chosen"]), truth(p["prompt"], p["rejected"])) for p in pairs]
+    answers = [p for p in pairs if p["kind"] == "answers"]
+    scores = [(truth(p["prompt"], p["chosen"]), truth(p["prompt"], p["rejected"])) for p in answers]
     decided = [
         (chosen, rejected) for chosen, rejected in scores if None not in (chosen, rejected) and chosen != rejected
     ]
@@ -75,15 +89,15 @@ def print_summary(run: Context) -> None:
     write_json(run.run_dir / "summary.json", rows)
     against = "the exact scores" if run.config.evaluate.truth else "the human ranks"
     table = Table(title=f"{run.run_dir.path}: judges measured against {against}")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "model" else "right")
+    columns = [column for column in COLUMNS if column != "guards" or any(row["guards"] for row in rows)]
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("model", "guards") else "right")
     for row in rows:
-        table.add_row(*(_shown(column, row[column]) for column in COLUMNS))
+        table.add_row(*(_shown(column, row[column]) for column in columns))
     console = Console(width=None if sys.stdout.isatty() else 128)
     console.print(table)
-    for column, meaning in COLUMNS.items():
-        if meaning:
-            console.print(f"  {column}: {meaning}", style="dim", highlight=False)
+    for column in columns[1:]:
+        console.print(f"  {column}: {COLUMNS[column]}", style="dim", highlight=False)
 
 
 def _shown(column: str, value: Any) -> str:

@@ -32,7 +32,7 @@ def context(tmp_path: Path, *overrides: str) -> Context:
         ),
         (["dpo.loss=kto"], "dpo.loss=kto does not compare pairs"),
         (["sft.loss=kto"], "sft.loss=kto needs labels"),
-        (["dpo.loss=cream"], "dpo.loss=cream needs labels, which a run does not make"),
+        (["dpo.loss=cream"], "dpo.loss=cream reads labels: choose how they are made by pairs.labels"),
         (["prompts.generator=bas"], "prompts.generator='bas' is none of base, sft, current and no model folder"),
         (["prompts.shots_template=tiny.txt"], "task-list template has no place {tasks}"),
         (["judge.template=tiny.txt"], "judge template has no place"),

@@ -8,7 +8,7 @@ import pytest
 from training_case import build
 
 from srlm_fast import pairs, summary
-from srlm_fast.config import Config, walk
+from srlm_fast.config import Config, lookup, walk
 from srlm_fast.data import Example, RankedPrompt, formats, oasst, prompts
 from srlm_fast.engine.base import Completion
 from srlm_fast.evaluate import Ranked, judge_metrics
@@ -38,7 +38,9 @@ def test_paper_names_files_that_exist(suffix):
     assert not {name for name in named if not (ROOT / name).is_file()}
 
 
-@pytest.mark.parametrize(("document", "least"), [("paper.md", 40), ("losses.md", 5), ("trainer.md", 3)])
+@pytest.mark.parametrize(
+    ("document", "least"), [("paper.md", 40), ("losses.md", 5), ("trainer.md", 3), ("methods.md", 10)]
+)
 def test_documents_name_tests_that_exist(document, least):
     text = (ROOT / "docs" / document).read_text(encoding="utf-8")
     named = {name for name in re.findall(r"`([^`\n]+)`", text) if "::" in name}
@@ -54,12 +56,23 @@ def test_paper_accounts_for_every_key_of_the_method():
     """All keys but those of the machine, of our own measurements and of the search for prompts."""
     others = re.compile(
         r"run_dir|save_by|gpus|seed|kernels"
-        r"|(engine|parallel|lora)\..*|model\.(tokenizer|random_init)|.*\.tokens_per_microbatch"
+        r"|(engine|parallel)\..*|model\.(tokenizer|random_init)|.*\.tokens_per_microbatch"
         r"|candidates\.(shard_size|schedule)|judge\.endpoint\w*"
         r"|evaluate\.(prompts|n|truth)|prompts\.(requests_per_round|max_requests)"
+        r"|(meta_judge|temporal|guards)\..*"
         r"|sft\.(beta|label_smoothing|loss_options)"
     )
     assert not {key for key in KEYS - set(NAMED) if not others.fullmatch(key)}
+
+
+def test_methods_names_every_key_of_a_method_with_its_default():
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_]+\.\w+)", text))
+    own = {key for key in KEYS if re.match(r"(meta_judge|temporal|guards)\.|pairs\.(?!ties|keep_truncated)", key)}
+    assert own | {"reference.model"} <= named
+    assert {name for name in named if name.partition(".")[0] in {key.partition(".")[0] for key in KEYS}} <= KEYS
+    for name, bound in re.findall(r"^\| `(guards\.\w+)` \| (\S+) \|", text, re.M):
+        assert bound == ("none" if (value := lookup(Config(), name)) is None else f"{value:g}"), name
 
 
 def shown(value: object) -> str:

@@ -24,13 +24,15 @@ MAY_IMPORT = {
     "packing": {"kernels", "native_ops"},
     "data": {"config", "data"},
     "judge": set(),
-    "pairs": set(),
+    "selection": set(),
+    "pairs": {"selection"},
+    "consistency": {"judge"},
+    "meta_judge": {"chat", "config", "data", "engine", "judge"},
+    "guards": {"config"},
     "eft": {"data", "judge"},
     "evaluate": set(),
     "parallel": {"config", "model", "parallel"},
-    "lora": {"config", "kernels", "model", "parallel"},
-    "checkpoint": {"lora", "model", "parallel", "rundir"},
-    "adapters": {"checkpoint", "config", "lora", "model", "parallel", "rundir"},
+    "checkpoint": {"model", "parallel", "rundir"},
     "convert": {"model", "checkpoint", "progress", "tokenizer"},
     "reference": {"packing", "parallel", "losses", "rundir"},
     "trainer": {"config", "kernels", "losses", "packing", "parallel", "reference", "rundir", "trainer"},
@@ -98,7 +100,8 @@ def test_outside_packages(name):
 
 
 def test_packing_and_data_know_nothing_of_processes():
-    for part in ("packing", "data", "judge", "pairs", "eft", "tokenizer", "chat", "model", "losses", "engine"):
+    methods = ("judge", "pairs", "selection", "consistency", "meta_judge", "eft")
+    for part in (*methods, "packing", "data", "tokenizer", "chat", "model", "losses", "engine"):
         for name, (owner, path) in files().items():
             if owner == part and name != ONLY_IN["vllm"]:  # whose workers are the ranks of the run
                 assert not any(n.startswith("torch.distributed") for n in imported(path)), name

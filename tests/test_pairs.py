@@ -34,7 +34,9 @@ def test_the_best_is_paired_with_the_worst_and_everything_is_kept():
     row, counts = one(candidates, seed=5)
     assert row == {
         "format": FORMAT,
+        "kind": "answers",
         "id": "p",
+        "prompt_id": "p",
         "prompt": "question",
         "chosen": "answer 1",
         "rejected": "answer 2",

@@ -16,6 +16,7 @@ import torch
 from test_iterate import ENVIRONMENT, command
 from vllm_case import CONFIG, make_model, refusal
 
+from srlm_fast.config import Config
 from srlm_fast.engine import load_engine
 from srlm_fast.engine import vllm as module
 from srlm_fast.engine.vllm_process import set_environment
@@ -367,7 +368,7 @@ def test_two_replicas_killed_then_one_of_two_ranks_end_in_m3(tmp_path):
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert kept and all(file.stat().st_mtime_ns == written for file, written in kept.items())
-    for name, _ in phases(2):
+    for name, _ in phases(Config()):
         assert (run_dir / f"phases/{name}.json").is_file(), name
     for t in (1, 2):
         rows = [

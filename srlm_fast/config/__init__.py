@@ -15,8 +15,9 @@ from srlm_fast.config.keys import (
     CandidatesConfig,
     Config,
     DpoConfig,
+    GuardsConfig,
     JudgeConfig,
-    LoraConfig,
+    MetaJudgeConfig,
     PromptsConfig,
     SftConfig,
     TrainConfig,
@@ -29,8 +30,9 @@ __all__ = [
     "CandidatesConfig",
     "Config",
     "DpoConfig",
+    "GuardsConfig",
     "JudgeConfig",
-    "LoraConfig",
+    "MetaJudgeConfig",
     "PromptsConfig",
     "SftConfig",
     "TrainConfig",
@@ -67,14 +69,19 @@ def _check_together(config: Config) -> None:
             )
     if config.reference.source == "file" and not config.reference.cache:
         raise UserError("reference.source=file needs reference.cache, the folder that holds them")
-    longest_pair = config.model.max_seq_len + config.candidates.max_new_tokens
+    _check_methods(config)
+    longest_response, by = max(
+        (lookup(config, name), name)
+        for name in ("candidates.max_new_tokens", *["judge.max_new_tokens"] * config.meta_judge.enabled)
+    )
+    longest_pair = config.model.max_seq_len + longest_response
     for name, budget, needed, what in (
         ("sft", config.sft.tokens_per_microbatch, config.model.max_seq_len, "example (model.max_seq_len)"),
         (
             "dpo",
             config.dpo.tokens_per_microbatch,
             longest_pair,
-            "pair (model.max_seq_len + candidates.max_new_tokens)",
+            f"pair (model.max_seq_len + {by})",
         ),
     ):
         if budget < needed:
@@ -82,6 +89,50 @@ def _check_together(config: Config) -> None:
                 f"{name}.tokens_per_microbatch={budget} is smaller than the longest {what} of {needed} tokens; "
                 f"raise it to {needed} or shorten these"
             )
+
+
+def _check_methods(config: Config) -> None:
+    """Refuses follow-up methods that do not go together."""
+    pairs, temporal, reference = config.pairs, config.temporal, config.reference
+    if not pairs.length_control:
+        raise UserError("pairs.length_control is empty; give one rho, such as 0, or one for each iteration")
+    if any(pairs.length_control) and pairs.select != "max_min":
+        raise UserError(
+            f"pairs.length_control widens max_min; pairs.select={pairs.select} does not know it: set it to 0"
+        )
+    if pairs.k > 1 and pairs.select != "top_bottom":
+        raise UserError(f"pairs.k={pairs.k} is for pairs.select=top_bottom, not {pairs.select}")
+    if temporal.anchor and pairs.select != "max_min":
+        raise UserError(f"temporal.anchor works with pairs.select=max_min, not {pairs.select}")
+    if temporal.future and not temporal.anchor:
+        raise UserError("temporal.future needs temporal.anchor: the future model learns from anchored pairs")
+    if pairs.labels == "judgements" and config.judge.n < 2:
+        raise UserError(f"pairs.labels=judgements compares halves of the judgements; judge.n={config.judge.n} is one")
+    if config.meta_judge.enabled and config.judge.n < 2:
+        raise UserError(f"meta_judge.enabled compares judgements of an answer; judge.n={config.judge.n} is one")
+    explains = config.meta_judge.enabled and config.meta_judge.mode == "cot"
+    if explains and config.meta_judge.max_new_tokens >= config.model.max_seq_len:
+        raise UserError(
+            f"meta_judge.max_new_tokens={config.meta_judge.max_new_tokens} leaves no room for a prompt in "
+            f"model.max_seq_len={config.model.max_seq_len}; lower it"
+        )
+    if config.judge.endpoint and (temporal.anchor or config.meta_judge.enabled or pairs.labels == "previous"):
+        raise UserError(
+            "judge.endpoint scores the candidates with another model; temporal.anchor, meta_judge.enabled and "
+            "pairs.labels=previous compare them with judgements of the run's own: leave out one of both"
+        )
+    others = {
+        "reference.model": reference.model != "current",
+        "pairs.data": pairs.data != "replace",
+        "temporal.anchor": temporal.anchor is not None,
+        "meta_judge.enabled": config.meta_judge.enabled,
+    }
+    if reference.source == "rollout" and any(others.values()):
+        name = next(name for name, used in others.items() if used)
+        raise UserError(
+            f"reference.source=rollout has the log-probs of M_t's own answers under M_t, {name}={lookup(config, name)} "
+            "needs others too; use reference.source=forward"
+        )
 
 
 def results_keys(config: Config) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from srlm_fast.config.methods import GuardsConfig, MetaJudgeConfig, PairsConfig, TemporalConfig
 from srlm_fast.config.tree import key
 
 GENERATORS = ("base", "sft", "current")
@@ -191,19 +192,16 @@ class JudgeConfig:
 
 
 @dataclass
-class PairsConfig:
-    ties: str = key(
-        "random", "which of several answers tied at an end is taken (choice)", choices=("random", "first", "length")
-    )
-    keep_truncated: bool = key(True, "whether answers cut off at the token limit may enter a pair (choice)")
-
-
-@dataclass
 class ReferenceConfig:
+    model: str = key(
+        "current",
+        "the reference of every iteration: current, M_t, which starts it (choice); or base (M0), sft or m1 throughout",
+        choices=("current", "base", "sft", "m1"),
+    )
     source: str = key(
         "forward",
-        "reference log-probs: forward, one pass of M_t; rollout, what the engine found when it sampled (no pass, but "
-        "its rounding; compared with a pass on a sample); file, all of them must be in reference.cache",
+        "reference log-probs: forward, one pass of the reference; rollout, what the engine found when it sampled (no "
+        "pass, but its rounding; compared with a pass on a sample); file, all of them must be in reference.cache",
         choices=("forward", "rollout", "file"),
     )
     cache: str | None = key(
@@ -300,17 +298,6 @@ class ParallelConfig:
 
 
 @dataclass
-class LoraConfig:
-    rank: int = key(0, "columns and rows of the matrices beside each weight; 0: all weights are trained (paper)")
-    alpha: float = key(16.0, "their product counts alpha / rank times", above=0)
-    dropout: float = key(0.0, "dropout on what they see", below=1)
-    targets: tuple[str, ...] = key(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "the weights that have such matrices, by the last part of their names",
-    )
-
-
-@dataclass
 class Config:
     run_dir: str = key("runs/default", "folder of the run; relative to the working directory", operational=True)
     gpus: str | None = key(
@@ -338,10 +325,12 @@ class Config:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    meta_judge: MetaJudgeConfig = field(default_factory=MetaJudgeConfig)
+    temporal: TemporalConfig = field(default_factory=TemporalConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)

@@ -100,16 +100,22 @@ def _check(tree: Any) -> None:
         choices = spec.metadata["choices"]
         if choices and value is not None and value not in choices:
             raise UserError(f"{name}={value!r}: must be one of {', '.join(choices)}")
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            continue
-        least, most, above, below = spec.metadata["bounds"].values()
-        if math.isfinite(value) and least <= value <= most and above < value < below:
-            continue
-        if not math.isfinite(value) or value < 0:
-            raise UserError(f"{name}={value}: must be a number and not negative")
-        limits = {"at least": least or -math.inf, "above": above, "at most": most, "below": below}
-        words = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
-        raise UserError(f"{name}={value}: must be {' and '.join(words)}")
+        for number in value if isinstance(value, tuple) else (value,):
+            _check_number(name, number, spec.metadata["bounds"])
+
+
+def _check_number(name: str, value: Any, bounds: dict[str, float]) -> None:
+    """Refuses a number out of bounds; anything else passes."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    least, most, above, below = bounds.values()
+    if math.isfinite(value) and least <= value <= most and above < value < below:
+        return
+    if not math.isfinite(value) or value < 0:
+        raise UserError(f"{name}={value}: must be a number and not negative")
+    limits = {"at least": least or -math.inf, "above": above, "at most": most, "below": below}
+    words = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
+    raise UserError(f"{name}={value}: must be {' and '.join(words)}")
 
 
 def _apply(section: Any, changes: dict[str, Any], root: Any, prefix: str, source: str, folder: Path) -> None:
@@ -163,10 +169,12 @@ def _coerce(value: Any, hint: Any, dotted: str, source: str) -> Any:
         return None
     for option in options:
         if get_origin(option) is tuple:
-            if isinstance(value, str):
-                value = [value]
-            if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-                return tuple(value)
+            kind, *_ = get_args(option)
+            items = value if isinstance(value, (list, tuple)) else [value]
+            if kind is float:
+                return tuple(_coerce(item, float, dotted, source) for item in items)
+            if all(isinstance(item, kind) for item in items):
+                return tuple(items)
         elif option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
                 return float(value)

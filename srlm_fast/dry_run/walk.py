@@ -89,7 +89,7 @@ def walk(config: Config, plan: Plan, seeds: Seeds) -> Iterator[Step]:
     from srlm_fast.iterate import phases  # which imports every phase
 
     known = Walk(config, plan, seeds)
-    for name, _ in phases(config.iterations):
+    for name, _ in phases(config):
         yield known.step(name)
 
 
@@ -123,8 +123,29 @@ class Walk:
 
     def _dpo(self, after: str) -> tuple:
         t = int(after) - 1
-        reads = (f"models/m{t}", f"m{t}/pairs.jsonl", f"m{t}/reference.safetensors")
-        return reads, (f"models/m{after}/*",), self._training(self.config.dpo, self.config.prompts.count)
+        reads = (f"models/m{t}", *self._pair_files(t), f"m{t}/reference.safetensors")
+        return reads, (f"models/m{after}/*",), self._training(self.config.dpo, self._most_pairs(t))
+
+    def _future(self, t: str) -> tuple:
+        reads = (f"models/m{t}", *self._pair_files(int(t), "draft_"), f"m{t}/draft_reference.safetensors")
+        return reads, (f"models/m{t}f/*",), self._training(self.config.dpo, self._most_pairs(int(t)))
+
+    def _earlier(self, t: int) -> range:
+        """Iterations before t whose pairs are trained on in it."""
+        return range(1, t) if self.config.pairs.data == "accumulate" else range(0)
+
+    def _pair_files(self, t: int, draft: str = "") -> list[str]:
+        return [*(f"m{s}/pairs.jsonl" for s in self._earlier(t)), f"m{t}/{draft}pairs.jsonl"]
+
+    def _made(self, t: int) -> int:
+        """Most pairs that iteration t makes."""
+        config, n = self.config, self.config.candidates.n
+        of_answers = {"top_bottom": min(config.pairs.k, n // 2), "all": n * (n - 1) // 2}.get(config.pairs.select, 1)
+        return config.prompts.count * (of_answers + (config.meta_judge.enabled and t <= config.meta_judge.iterations))
+
+    def _most_pairs(self, t: int) -> int:
+        """Most pairs that are trained on in iteration t."""
+        return sum(map(self._made, [*self._earlier(t), t]))
 
     def _training(self, options: TrainConfig, items: int) -> dict[str, Count]:
         steps = math.ceil(items / options.batch_size) * options.epochs
@@ -170,16 +191,41 @@ class Walk:
         judge = [f"judge.endpoint={config.judge.endpoint}"] if config.judge.endpoint else []
         return (f"models/m{t}", f"m{t}/prompts.jsonl", *judge), (f"m{t}/candidates/shard-*.jsonl",), counts
 
-    def _pairs(self, t: str) -> tuple:
-        counts = {"pairs": Count(self.config.prompts.count, True)}
-        return (f"m{t}/candidates/shard-*.jsonl",), (f"m{t}/pairs.jsonl",), counts
+    def _comparisons(self, t: str) -> tuple:
+        prompts, n = self.config.prompts.count, self.config.judge.n
+        counts = {"compared": Count(prompts, True), "comparisons": Count(prompts * n * (n - 1), True)}
+        return (f"models/m{t}", f"m{t}/candidates/shard-*.jsonl"), (f"m{t}/comparisons/shard-*.jsonl",), counts
 
-    def _reference(self, t: str) -> tuple:
+    def _answers(self, t: str, kind: str) -> tuple:
+        model = self.config.temporal.anchor if kind == "past" else f"m{t}f"
+        answers = self.config.prompts.count * self.config.candidates.n
+        writes = (f"m{t}/{kind}/shard-*.jsonl",)
+        return (f"models/{model}", f"m{t}/prompts.jsonl"), writes, {"candidates": Count(answers, True)}
+
+    def _judged(self, t: str, kind: str) -> tuple:
+        judge, read, written = f"m{t}", kind, f"{kind}_judged"
+        if kind == "previous":
+            judge, read, written = f"m{int(t) - 1}" if int(t) > 1 else "sft", "candidates", kind
+        judgements = self.config.prompts.count * self.config.candidates.n * self.config.judge.n
+        reads = (f"models/{judge}", f"m{t}/{read}/shard-*.jsonl")
+        return reads, (f"m{t}/{written}/shard-*.jsonl",), {"judgements": Count(judgements, True)}
+
+    def _pairs(self, t: str, draft: str | None) -> tuple:
+        config = self.config
+        others = ["comparisons"] * (config.meta_judge.enabled and int(t) <= config.meta_judge.iterations and not draft)
+        others += ["previous"] * (config.pairs.labels == "previous")
+        others += ["past", "past_judged"] * (config.temporal.anchor is not None)
+        others += ["future", "future_judged"] * (config.temporal.future and not draft)
+        reads = tuple(f"m{t}/{name}/shard-*.jsonl" for name in ("candidates", *others))
+        return reads, (f"m{t}/{draft or ''}pairs.jsonl",), {"pairs": Count(self._made(int(t)), True)}
+
+    def _reference(self, t: str, draft: str | None) -> tuple:
         objective, options = training_objective(self.config.dpo), self.config.reference
         each = (3 if objective.needs_heads else 2) * objective.needs_reference
-        reads = [f"m{t}/pairs.jsonl", f"models/m{t}"] + [options.cache or ""] * (options.source == "file")
-        counts = {"responses": Count(each * self.config.prompts.count, True)}
-        return tuple(reads), (f"m{t}/reference.safetensors",), counts
+        model = {"current": f"models/m{t}", "base": self.base}.get(options.model, f"models/{options.model}")
+        reads = [*self._pair_files(int(t), draft or ""), model] + [options.cache or ""] * (options.source == "file")
+        counts = {"responses": Count(each * self._most_pairs(int(t)), True)}
+        return tuple(reads), (f"m{t}/{draft or ''}reference.safetensors",), counts
 
     KINDS: dict[str, Callable[..., tuple]] = {
         "prepare": _prepare,
@@ -190,6 +236,11 @@ class Walk:
         "eft/select": _select_eft,
         r"m(\d+)/prompts": _prompts,
         r"m(\d+)/candidates": _candidates,
-        r"m(\d+)/pairs": _pairs,
-        r"m(\d+)/reference": _reference,
+        r"m(\d+)/comparisons": _comparisons,
+        r"m(\d+)/(past|future)": _answers,
+        r"m(\d+)/(past|future)_judged": _judged,
+        r"m(\d+)/(previous)": _judged,
+        r"m(\d+)/(draft_)?pairs": _pairs,
+        r"m(\d+)/(draft_)?reference": _reference,
+        r"m(\d+)f/train": _future,
     }

@@ -1,4 +1,4 @@
-"""Generation phases: EFT targets by the SFT baseline; new prompts, judged candidates and pairs by M_t."""
+"""Generation phases: EFT targets by the SFT baseline; new prompts and judged candidates by M_t."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from srlm_fast import checkpoint, eft, pairs
+from srlm_fast import eft
 from srlm_fast.context import Context
 from srlm_fast.data import RankedPrompt, read_rows
 from srlm_fast.data.prompts import PromptPool
@@ -25,7 +25,10 @@ from srlm_fast.seeds import derive_seed
 
 
 def judge_ranked(run: Context, name: str, weights: Path, prompts: Sequence[RankedPrompt], judge: Judge) -> list[Path]:
-    """Judgements of every ranked reply by one model; NAME/shard-*.jsonl with {"id", "judgements": [reply][sample]}."""
+    """Judgements of every ranked reply by one model; NAME/shard-*.jsonl with {"id", "judgements": [reply][sample]}.
+
+    Every prompt has a reply.
+    """
     engine = run.engine(weights)
     seed = derive_seed(run.config.seed, name)
 
@@ -213,30 +216,6 @@ def candidates(run: Context, t: int) -> PhaseResult:
         "mean_tokens": mean([len(c["token_ids"]) for c in answers]),
         "scores": dict(sorted(Counter(round(j[decides]) for j in judgements if j[decides] is not None).items())),
     }
-
-
-def make_pairs(run: Context, t: int) -> PhaseResult:
-    """Best against worst answer of every prompt; mT/pairs.jsonl."""
-    options = run.config.pairs
-    path = run.run_dir / f"m{t}/pairs.jsonl"
-
-    def make() -> dict[str, Any]:
-        rows, counts = pairs.make_pairs(
-            shard_rows(run, f"m{t}/candidates"),
-            weights_id=checkpoint.weights_id(run.weights(f"m{t}")),
-            ties=options.ties,
-            keep_truncated=options.keep_truncated,
-            seed=derive_seed(run.config.seed, f"m{t}/pairs"),
-        )
-        if not rows:
-            raise UserError(
-                f"m{t}/pairs: no prompt gave a pair ({counts}); if most judgements are unparsable the model needs more "
-                "EFT data or judge.mode=expected, if most scores are equal more candidates"
-            )
-        write_jsonl(path, rows)
-        return counts
-
-    return [path], run.main(make)
 
 
 def shard_rows(run: Context, name: str) -> list[dict[str, Any]]:
