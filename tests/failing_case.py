@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 
 import torch.distributed as dist
 
@@ -41,6 +42,11 @@ def work(config: None, world: World) -> None:
     world.barrier()
     if WAY == "refuse all":
         raise UserError("model.path: nowhere does not exist")
+    if WAY == "orphan":
+        if world.rank == 0:
+            print(os.getpid(), flush=True)
+            os.kill(os.getppid(), signal.SIGKILL)  # torchrun's agent, and with it the store
+        time.sleep(600)
     if world.rank == world.size - 1:
         fail(world.rank)
     if WHERE == "collective":

@@ -1,6 +1,7 @@
 """A rank that fails, is killed or falls silent ends the ranks of all nodes, and what it was is said once, first."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ def test_a_killed_rank_ends_all_nodes():
     assert "Signal 9 (SIGKILL)" in last.stderr
     (line,) = said(first)
     assert line.startswith("rank 0 lost another rank, which has said nothing: ")
+
+
+def test_the_end_of_the_first_agent_ends_all_ranks():
+    """Also its own, which it leaves behind, and which are busy with something that needs no other rank."""
+    first, last = torchrun(CASE, "orphan", n_nodes=2, n_ranks=1)
+    assert first.returncode == -9 and last.returncode
+    deadline = time.monotonic() + 120
+    while Path(f"/proc/{first.stdout.strip()}/stat").exists():
+        assert time.monotonic() < deadline, "a rank was left behind"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(

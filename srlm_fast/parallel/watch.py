@@ -108,8 +108,10 @@ class Watch:
                 if found is not None and not self._ended.wait(GRACE_S):
                     os._exit(found["code"])
             self._thread_store.set(f"left/{self.world.rank}", "1")
-        except RuntimeError:
-            pass  # no store, nothing to look at: rank 0, which may hold it, is done or gone
+        except RuntimeError:  # no store: the agent that held it, or rank 0, which may have finished, is gone
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not self._ended.wait(GRACE_S):
+                print(f"error: rank {self.world.rank} lost torchrun's agent", file=sys.stderr, flush=True)
+                os._exit(1)
 
     def _silent(self, beats: dict[int, tuple[int, int]]) -> list[int]:
         """Ranks that gave no sign for too long; brings `beats`, rank -> (beat, polls without another), up to date."""
