@@ -130,6 +130,7 @@ def _trainer(
         checkpoint_dir=run / "checkpoints",
         on_step=log("train"),
         should_stop=lambda: bool(stopping),
+        save_by=stopping.deadline,
         evaluation=Evaluation(held_out, config.eval_every, report=log("evaluation"), stop_when=rule),
         on_nonfinite=config.on_nonfinite,
     )

@@ -60,7 +60,7 @@ def test_paper_accounts_for_every_key_of_the_method():
         r"|candidates\.(shard_size|schedule)|judge\.endpoint\w*"
         r"|evaluate\.(prompts|n|truth)|prompts\.(requests_per_round|max_requests)"
         r"|(meta_judge|temporal|guards)\..*"
-        r"|sft\.(beta|label_smoothing|loss_options)"
+        r"|sft\.(beta|label_smoothing|loss_options)|(sft|dpo)\.(keep_last|checkpoint_in_background)"
     )
     assert not {key for key in KEYS - set(NAMED) if not others.fullmatch(key)}
 

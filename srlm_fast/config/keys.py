@@ -59,6 +59,12 @@ class TrainConfig:
     weight_decay: float = key(0.1, "decoupled weight decay of matrices (choice)")
     max_grad_norm: float = key(1.0, "gradient norm above which gradients are scaled down (choice)")
     checkpoint_every: int = key(200, "optimizer steps between training checkpoints", operational=True, least=1)
+    keep_last: int = key(1, "training checkpoints that are kept, the newest ones", operational=True, least=1)
+    checkpoint_in_background: bool = key(
+        True,
+        "whether training goes on while a checkpoint is written, from a copy of weights and moments in host memory",
+        operational=True,
+    )
 
 
 @dataclass

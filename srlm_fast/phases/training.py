@@ -213,6 +213,7 @@ def _train(
         checkpoint_dir=folder,
         on_step=on_step,
         should_stop=lambda: bool(run.stopping),
+        save_by=run.stopping.deadline,
     )
     with progress(phase, trainer.total_steps, unit="steps", enabled=run.world.is_main) as advance:
         trainer.fit()

@@ -22,7 +22,7 @@ from srlm_fast.reference import ReferenceCache
 from srlm_fast.rundir import write_json
 from srlm_fast.seeds import derive_seed
 from srlm_fast.trainer.batch import Batches
-from srlm_fast.trainer.checkpoints import Checkpoints
+from srlm_fast.trainer.checkpoints import Checkpoints, identity
 from srlm_fast.trainer.evaluation import Evaluation
 from srlm_fast.trainer.examples import Examples
 from srlm_fast.trainer.machine import memory_gb, model_cost, peak_tflops
@@ -49,6 +49,8 @@ class Trainer:
         on_step: called on every rank after every optimizer step with its metrics.
         should_stop: polled after every step; when any rank's says True, a checkpoint is written and `fit` raises
             `Interrupted`.
+        save_by: time.time() when such a checkpoint has to be on disk: it is begun in time for a step and a save as long
+            as the longest so far, and half as much again.
         evaluation: held-out items and early stopping.
         on_nonfinite: what follows when the loss or the gradient is not finite: "stop", or "skip" the batch. It is
             written to checkpoint_dir/nonfinite-step-N.json first.
@@ -71,20 +73,20 @@ class Trainer:
         checkpoint_dir: Path | None = None,
         on_step: Callable[[dict[str, float]], None] = lambda metrics: None,
         should_stop: Callable[[], bool] = lambda: False,
+        save_by: float | None = None,
         evaluation: Evaluation | None = None,
         on_nonfinite: str = "stop",
         rate: Callable[[int, int], float] | None = None,
     ) -> None:
         self.model, self.items, self.config = model, items, config
         self.world = world or World()
-        self.seed, self.on_step, self.should_stop = seed, on_step, should_stop
+        self.seed, self.on_step, self.should_stop, self.save_by = seed, on_step, should_stop, save_by
         self.checkpoint_dir = Path(checkpoint_dir) if checkpoint_dir else None
-        self.checkpoints = Checkpoints(self.checkpoint_dir, self.world) if self.checkpoint_dir else None
         self.evaluation, self.on_nonfinite = evaluation or Evaluation(), on_nonfinite
         self.rate = rate or (lambda step, total: learning_rate(config, step, total))
         if on_nonfinite not in ON_NONFINITE:
             raise UserError(f"on_nonfinite={on_nonfinite!r}: must be one of {', '.join(ON_NONFINITE)}")
-        if self.evaluation.stop_when and not self.checkpoints:
+        if self.evaluation.stop_when and not self.checkpoint_dir:
             raise UserError("early stopping goes back to the checkpoint of the evaluation before; give checkpoint_dir")
         self.objective = training_objective(config)
         self.examples = self._examples(items, reference)
@@ -95,11 +97,13 @@ class Trainer:
         rounding = derive_seed(seed, "moments", place_in_copy(model, self.world))
         self.optimizer = make_optimizer(model, config, rounding % 2**32)
         self.sharding.begin(self.optimizer)
+        self.checkpoints = self._checkpoints(reference) if self.checkpoint_dir else None
         steps_per_epoch = math.ceil(len(items) / config.batch_size)
         self.total_steps = min(steps_per_epoch * config.epochs, config.max_steps or steps_per_epoch * config.epochs)
         self.steps_per_epoch = steps_per_epoch
         self.history: list[dict[str, float]] = []
         self._skipped_in_a_row = 0
+        self._longest_step = 0.0
         self._peak = peak_tflops(self.world.device)
 
     def _examples(self, items: Sequence[Item], reference: ReferenceCache | None) -> Examples:
@@ -113,6 +117,13 @@ class Trainer:
             cost=model_cost(self.model),
         )
 
+    def _checkpoints(self, reference: ReferenceCache | None) -> Checkpoints:
+        known = {}
+        if self.world.is_main:
+            known = identity(self.items, self.config, self.seed, reference.weights_id if reference else None)
+        keep_last, background = self.config.keep_last, self.config.checkpoint_in_background
+        return Checkpoints(self.checkpoint_dir, self.world, known, keep_last=keep_last, background=background)
+
     def fit(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one.
 
@@ -121,18 +132,31 @@ class Trainer:
 
         Raises:
             Interrupted: when asked to stop; a checkpoint was written before.
-            UserError: when the loss or the gradient stops being finite; the last checkpoint is kept.
+            UserError: when the loss or the gradient stops being finite, or a checkpoint cannot be written; the last
+                checkpoint is kept.
         """
+        try:
+            return self._fit()
+        except Interrupted:
+            raise
+        except Exception:
+            if self.checkpoints:
+                self.checkpoints.settle()
+            raise
+
+    def _fit(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
         first_step, self.history = self.checkpoints.resume(self.sharding) if self.checkpoints else (0, [])
         self.model.train()
         cuda = [self.world.device] if self.world.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             for step in range(first_step, self.total_steps):
+                started = time.monotonic()
                 metrics, stop = self._step(step)
                 self.on_step(metrics)
                 done = step + 1
                 evaluated = self._evaluate(done)
+                self._longest_step = max(self._longest_step, time.monotonic() - started)
                 if evaluated and self._ended_early():
                     break
                 keep_for_stopping = evaluated and self.evaluation.stop_when
@@ -141,7 +165,10 @@ class Trainer:
                 if stop or keep_for_stopping or done % self.config.checkpoint_every == 0:
                     self._save(done)
                 if stop:
+                    self.checkpoints.end()
                     raise Interrupted(f"stopped after step {done} of {self.total_steps}")
+        if self.checkpoints:
+            self.checkpoints.end()
         self.model.eval()
         return {**metrics, **(self.history[-1] if self.history else {})}
 
@@ -164,7 +191,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         grad_norm = self.sharding.clip(self.config.max_grad_norm or math.inf)
-        metrics, stop = self.batches.metrics(totals, counts, baseline, self.should_stop())
+        metrics, stop = self.batches.metrics(totals, counts, baseline, self._has_to_stop())
         finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
         if finite:
             self._skipped_in_a_row = 0
@@ -181,6 +208,13 @@ class Trainer:
         metrics.update(seconds=seconds, tokens_per_second=tokens / seconds, tflops=tflops)
         metrics.update({"mfu": tflops / self._peak} if self._peak else {}, memory_gb=memory_gb(self.world.device))
         return metrics, stop
+
+    def _has_to_stop(self) -> bool:
+        """Whether this rank wants a checkpoint now and no more steps, or knows that the last one failed."""
+        if self.should_stop() or self.checkpoints and self.checkpoints.failed():
+            return True
+        needed = 1.5 * (self._longest_step + (self.checkpoints.seconds if self.checkpoints else 0))
+        return self.save_by is not None and time.time() + needed >= self.save_by
 
     def _nonfinite(self, step: int, batch: Sequence[int], loss: float, grad_norm: float) -> None:
         """Keeps the batch of a step that gave no finite loss or gradient; raises UserError unless it is skipped."""
