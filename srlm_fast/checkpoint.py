@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from srlm_fast.errors import UserError
+from srlm_fast.lora import base_parameters, is_adapter
 from srlm_fast.model import Llama, LlamaConfig
 from srlm_fast.parallel import sharding_of
 from srlm_fast.rundir import sync_folder
@@ -71,7 +72,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Read a folder's tensors into a Llama's parameters, cast to their dtype, and recompute its buffers.
 
     The parameters may be fresh from `to_empty` and may be sharded: a rank then reads only its own slices. One
-    slice at a time is in memory beside the parameters.
+    slice at a time is in memory beside the parameters. Adapters (`srlm_fast.lora`) are left as they are.
 
     Raises:
         UserError: before anything is changed, when a file is missing, truncated or outside the folder, or a tensor is
@@ -81,10 +82,10 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight  # `to_empty` unties them
     sharding = sharding_of(model)
     sharding.reshard()  # what is written into a gathered parameter would be dropped
-    folder = Path(folder)
-    with _open_tensors(folder, sharding.shapes()):
+    folder, parameters, shapes = Path(folder), dict(base_parameters(model)), sharding.shapes()
+    with _open_tensors(folder, {name: shapes[name] for name in parameters}):
         files = _tensor_files(folder)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         for part, where in sharding.parts(parameter):
             assert part.shape == tuple(ends.stop - ends.start for ends in where), name
             if part.numel():
@@ -238,8 +239,11 @@ def save_weights(
         extra_files: {name in the folder: file} to copy (`Tokenizer.files`), or files that keep their names.
 
     Raises:
-        UserError: on every rank, when the folder cannot be written or holds something else; nothing is left behind.
+        UserError: on every rank, when the folder cannot be written or holds something else, nothing is then left
+            behind; for a model with adapters.
     """
+    if any(is_adapter(name) for name, _ in model.named_parameters()):
+        raise UserError("this model has adapters: merge them first, by lora.merge or adapters.merge_folders")
     sharding = sharding_of(model)
     shapes = sharding.shapes()
     specs = [(name, shapes[name], dtype or p.dtype) for name, p in model.named_parameters()]

@@ -17,6 +17,7 @@ from srlm_fast.engine import load_engine
 from srlm_fast.engine.base import Engine
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.kernels import library
+from srlm_fast.lora import check_options
 from srlm_fast.meta_judge import MetaJudge
 from srlm_fast.model import LlamaConfig
 from srlm_fast.parallel import World, mesh_shape
@@ -44,6 +45,7 @@ class Context:
         if lacking := checks.missing(config):
             raise UserError(lacking[0])
         mesh_shape(world.size, config.parallel)
+        check_options(config.lora)
         self.llama: LlamaConfig = checkpoint.read_config(Path(config.model.path))
         checks.shape(config, self.llama)
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)

@@ -7,6 +7,7 @@ RUN/reference/           reference log-probs in parts, where the loss needs them
 RUN/checkpoints/         training state, removed at the end
 RUN/metrics.jsonl        a line per optimizer step and per evaluation
 RUN/model/               the trained model
+RUN/adapter/             with lora.rank, what was trained of it
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ from typing import Any
 import torch
 
 from srlm_fast import checkpoint
+from srlm_fast.adapters import save_merged
 from srlm_fast.config import results_keys, to_dict
 from srlm_fast.config.train import TrainRunConfig
 from srlm_fast.config.tree import input_paths
 from srlm_fast.dataset import Data, read_items, training_format
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.kernels import library
+from srlm_fast.lora import add_adapters, check_options, init_adapters
 from srlm_fast.losses import Objective
 from srlm_fast.model import Llama
 from srlm_fast.packing import Item
-from srlm_fast.parallel import World, parallelize
+from srlm_fast.parallel import World, compute_dtype, parallelize
 from srlm_fast.progress import progress
 from srlm_fast.reference import ReferenceCache, fill, reference_items
 from srlm_fast.rundir import RunDir, atomic_file, fingerprint, write_json
@@ -58,6 +61,7 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
     """
     library.use(config.kernels)
     objective = training_objective(config.training)
+    check_options(config.lora)
     inputs = _inputs(config, objective)
     run, stopping = RunDir(config.run_dir), Stop(config.save_by)
     world.on_main(lambda: _open(run, config, inputs))
@@ -70,12 +74,14 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
         llama = checkpoint.read_config(config.model)
         check_vocab(tokenizer, llama.vocab_size)
         items, held_out = _read(config, objective, tokenizer, run, world)
+        computes_in = compute_dtype(world.device, config.parallel)
 
         def load_model(dropout: float = 0.0) -> torch.nn.Module:
             with torch.device("meta"):
-                model = Llama(llama, dropout)
+                model = add_adapters(Llama(llama, dropout), config.lora, base_dtype=computes_in)
             model = parallelize(model, world, config.parallel).to_empty(device=world.device)
             checkpoint.load_weights(model, config.model)
+            init_adapters(model, derive_seed(config.seed, "train"))
             return model
 
         cache = None
@@ -90,9 +96,14 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
             log = trainer.on_step
             trainer.on_step = lambda metrics: (log(metrics), advance(1, f"loss {metrics.get('loss', 'skipped')}"))
             metrics = trainer.fit()
-        checkpoint.save_weights(trainer.model, run / "model", dtype=torch.float32, extra_files=tokenizer.files)
+        outputs = [run / "model"]
+        if config.lora.rank:
+            outputs.append(run / "adapter")
+            save_merged(trainer.model, *outputs, base=config.model, world=world, extra_files=tokenizer.files)
+        else:
+            checkpoint.save_weights(trainer.model, outputs[0], dtype=torch.float32, extra_files=tokenizer.files)
         counts = {**metrics, "items": len(items), "held_out": len(held_out), "steps": int(metrics.get("step", 0))}
-        world.on_main(lambda: run.finish("train", [run / "model"], time.perf_counter() - started, counts))
+        world.on_main(lambda: run.finish("train", outputs, time.perf_counter() - started, counts))
         world.on_main(lambda: _discard_states(run / "checkpoints"))
         return counts
 

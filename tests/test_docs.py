@@ -56,7 +56,7 @@ def test_paper_accounts_for_every_key_of_the_method():
     """All keys but those of the machine, of our own measurements and of the search for prompts."""
     others = re.compile(
         r"run_dir|save_by|gpus|seed|kernels"
-        r"|(engine|parallel)\..*|model\.(tokenizer|random_init)|.*\.tokens_per_microbatch"
+        r"|(engine|parallel|lora)\..*|model\.(tokenizer|random_init)|.*\.tokens_per_microbatch"
         r"|candidates\.(shard_size|schedule)|judge\.endpoint\w*"
         r"|evaluate\.(prompts|n|truth)|prompts\.(requests_per_round|max_requests)"
         r"|(meta_judge|temporal|guards)\..*"

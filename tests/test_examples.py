@@ -70,6 +70,15 @@ def test_the_example_of_the_trainers_document(tmp_path, monkeypatch, capsys, own
     assert len(capsys.readouterr().out.splitlines()) == 1 and names["trainer"].history[0]["step"] == 1
 
 
+def test_the_example_of_adapters(tmp_path, monkeypatch, own_method):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m0").symlink_to(ROOT / "configs/tiny")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own_method.PAIRS))
+    names: dict = {}
+    exec(python_block("docs/trainer.md", "Adapters"), names)
+    assert names["again"].lora.rank == 16 and (tmp_path / "m1/model.safetensors").exists()
+
+
 def test_the_trainers_document_names_every_reason():
     text = (ROOT / "docs/trainer.md").read_text(encoding="utf-8")
     assert COUNTS.keys() - {"rows", "kept"} <= set(re.findall(r"`(\w+)`", text))

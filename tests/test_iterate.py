@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from srlm_fast.adapters import merge_folders
+from srlm_fast.checkpoint import weights_id
 from srlm_fast.config import Config, load_config
 from srlm_fast.iterate import phases, status
 from srlm_fast.rundir import RunDir
@@ -242,6 +244,21 @@ def test_losses_get_the_reference_values_that_they_need(tmp_path, loss, source, 
         assert 0 < counts["compared"] <= len(pairs)
         assert 0 < counts["mean_difference"] <= counts["largest_difference"] < 1e-3
         assert counts["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_adapters_in_every_training_phase(tmp_path):
+    """Each phase starts from the merged model before it; its first DPO loss is ln 2 and its adapter is kept."""
+    overrides = ("lora.rank=4", "dpo.lr=0.01", "model.dropout=0", "iterations=1")
+    done = run(command(tmp_path / "run", *overrides))
+    assert done.returncode == 0, done.stderr[-2000:]
+    models = {"sft": ROOT / "configs/tiny", "m1": ROOT / "configs/tiny", "m2": tmp_path / "run/models/m1"}
+    for name, base in models.items():
+        merge_folders(base, tmp_path / f"run/adapters/{name}", tmp_path / "merged")
+        assert weights_id(tmp_path / "merged") == weights_id(tmp_path / f"run/models/{name}") != weights_id(base)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    dpo = [row["loss"] for row in rows if row["phase"] == "m2/train" and "grad_norm" in row]
+    assert dpo[0] == pytest.approx(math.log(2), abs=1e-5) and dpo[-1] != dpo[0]
 
 
 @pytest.mark.slow

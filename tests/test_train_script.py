@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from srlm_fast import train_run
-from srlm_fast.checkpoint import load_model, save_weights
+from srlm_fast.adapters import merge_folders
+from srlm_fast.checkpoint import load_model, save_weights, weights_id
 from srlm_fast.config.train import TrainRunConfig
 from srlm_fast.config.tree import read
 from srlm_fast.errors import Interrupted, UserError
@@ -145,6 +146,28 @@ def test_stopped_and_started_again_equals_undisturbed(tmp_path, shared_data, mod
     assert (tmp_path / "b/metrics.jsonl").stat().st_mtime_ns == changed, "a finished run was trained again"
     with pytest.raises(UserError, match=r"training.lr: was 0.003, now 0.1"):
         run(model_folder, tmp_path / "b", data, *options, "training.lr=0.1")
+
+
+def test_adapters_train_and_are_merged(tmp_path, shared_data, model_folder, monkeypatch):
+    """The loss falls; RUN/model is the base with RUN/adapter; stopped and resumed ends with the same bits."""
+    data = head(tmp_path / "rows.json", shared_data(DPO), 30)
+    options = ("dropout=0.1", "lora.rank=4", "lora.dropout=0.1", "training.lr=0.03", "training.max_steps=16")
+    expected = run(model_folder, tmp_path / "a", data, *options)
+    steps = [row for row in lines(tmp_path / "a/metrics.jsonl") if row["phase"] == "train"]
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"] < 0.9
+    stopping = Stop()
+    stopping.request(signal.SIGUSR1)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(train_run, "Stop", lambda save_by: stopping)
+        run(model_folder, tmp_path / "b", data, *options)
+    assert run(model_folder, tmp_path / "b", data, *options)["loss"] == expected["loss"]
+    models = {name: load_model(tmp_path / name / "model").state_dict() for name in "ab"}
+    assert all(torch.equal(models["a"][name], value) for name, value in models["b"].items())
+    merge_folders(model_folder, tmp_path / "b/adapter", tmp_path / "merged")
+    assert weights_id(tmp_path / "merged") == weights_id(tmp_path / "a/model") != weights_id(model_folder)
+    assert load_tokenizer(tmp_path / "a/model").vocab_size == load_model(model_folder).config.vocab_size
+    with pytest.raises(UserError, match="lora.targets: 'lm_head' has no adapters; choose from q_proj"):
+        run(model_folder, tmp_path / "c", data, "lora.rank=4", "lora.targets=lm_head")
 
 
 def test_runs_share_a_reference_cache_and_stop_early(tmp_path, shared_data, model_folder, monkeypatch):

@@ -304,6 +304,17 @@ class ParallelConfig:
 
 
 @dataclass
+class LoraConfig:
+    rank: int = key(0, "columns and rows of the matrices beside each weight; 0: all weights are trained (paper)")
+    alpha: float = key(16.0, "their product counts alpha / rank times", above=0)
+    dropout: float = key(0.0, "dropout on what they see", below=1)
+    targets: tuple[str, ...] = key(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "the weights that have such matrices, by the last part of their names",
+    )
+
+
+@dataclass
 class Config:
     run_dir: str = key("runs/default", "folder of the run; relative to the working directory", operational=True)
     gpus: str | None = key(
@@ -340,3 +351,4 @@ class Config:
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from srlm_fast.config.keys import DpoConfig, ParallelConfig
+from srlm_fast.config.keys import DpoConfig, LoraConfig, ParallelConfig
 from srlm_fast.config.tree import key
 
 
@@ -72,3 +72,4 @@ class TrainRunConfig:
     )
     training: DpoConfig = field(default_factory=DpoConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)

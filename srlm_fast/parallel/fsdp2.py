@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -154,14 +155,21 @@ class Fsdp2:
         self.optimizer = None
 
     def state(self, *, optimizer: bool = True) -> dict[str, Any]:
+        options = self._state_options()
         if not optimizer:
-            return {"model": get_model_state_dict(self.model)}
-        model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
+            return {"model": get_model_state_dict(self.model, options=options)}
+        model_state, optimizer_state = get_state_dict(self.model, self.optimizer, options=options)
         return {"model": model_state, "optimizer": optimizer_state}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        options = self._state_options()
         if "optimizer" in state:
             states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-            set_state_dict(self.model, self.optimizer, **states)
+            set_state_dict(self.model, self.optimizer, **states, options=options)
         else:
-            set_model_state_dict(self.model, state["model"])
+            set_model_state_dict(self.model, state["model"], options=options)
+
+    def _state_options(self) -> StateDictOptions:
+        """Without frozen weights, which are in the model folder from which training starts."""
+        frozen = any(not parameter.requires_grad for parameter in self.model.parameters())
+        return StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,22 +19,32 @@ def recompute(block: Block, *, selective: bool) -> None:
     and keys, which the rotary embedding overwrites, and everything element-wise are computed again.
     """
     forward = block.forward
-    contexts = {"context_fn": _selective_contexts} if selective else {}
+    contexts = {"context_fn": partial(_selective_contexts, _kept_products(block))} if selective else {}
+    draws = any(getattr(module, "dropout", 0) for module in block.modules())
 
     def forward_again(x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         if delta is not None:
             x = x + delta  # as the block's first norm does; here, so that one tensor is kept and not two
         arguments = (x, None, cos, sin, attend)
-        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=block.dropout > 0, **contexts)
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=draws, **contexts)
 
     block.forward = forward_again
 
 
 _PRODUCTS = {"srlm::linear", "aten::mm"}
-_KEPT_PRODUCTS = {2, 3}  # v, o of a block's q, k, v, o, gate, up, down
 
 
-def _selective_contexts() -> tuple[Any, Any]:
+def _kept_products(block: Block) -> set[int]:
+    """Which of the products of a pass through a block are kept: those with the weights of v and o."""
+    attention, mlp = block.self_attn, block.mlp
+    before, kept = 0, set()
+    for layer in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj):
+        kept |= {before} if layer in (attention.v_proj, attention.o_proj) else set()
+        before += layer.n_products
+    return kept
+
+
+def _selective_contexts(kept: set[int]) -> tuple[Any, Any]:
     """What `checkpoint` wants for one pass through a block: it counts the block's products."""
     seen = {False: 0, True: 0}  # in the forward pass, when running again
 
@@ -41,7 +52,7 @@ def _selective_contexts() -> tuple[Any, Any]:
         name = operator.name().partition(".")[0]
         if name in _PRODUCTS:
             seen[context.is_recompute] += 1
-            keep = seen[context.is_recompute] - 1 in _KEPT_PRODUCTS
+            keep = seen[context.is_recompute] - 1 in kept
         else:
             keep = ("attention" in name or "attn" in name) and "backward" not in name
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

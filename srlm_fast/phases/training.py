@@ -15,13 +15,15 @@ import torch
 from torch import nn
 
 from srlm_fast import checkpoint, pairs
+from srlm_fast.adapters import save_merged
 from srlm_fast.config import TrainConfig
 from srlm_fast.context import Context
 from srlm_fast.data import read_rows
 from srlm_fast.errors import UserError
+from srlm_fast.lora import add_adapters, init_adapters
 from srlm_fast.model import Llama
 from srlm_fast.packing import Item
-from srlm_fast.parallel import parallelize
+from srlm_fast.parallel import compute_dtype, parallelize
 from srlm_fast.phases import PhaseResult, mean
 from srlm_fast.phases.data import sft_items
 from srlm_fast.progress import progress
@@ -178,12 +180,19 @@ def pair_items(path: Path) -> list[Item]:
     return items
 
 
-def _load(run: Context, weights: Path, dropout: float) -> nn.Module:
-    """The model of a folder, ready to train; of its weights this process reads and holds its shard only."""
+def _load(run: Context, weights: Path, dropout: float, seed: int = 0) -> nn.Module:
+    """The model of a folder, ready to train; of its weights this process reads and holds its shard only.
+
+    With adapters the frozen weights have the dtype of the computation; `seed` is of the adapters, which change nothing
+    before they are trained.
+    """
+    parallel = run.config.parallel
     with torch.device("meta"):
         model = Llama(run.llama, dropout=dropout)
-    model = parallelize(model, run.world, run.config.parallel).to_empty(device=run.world.device)
+        add_adapters(model, run.config.lora, base_dtype=compute_dtype(run.world.device, parallel))
+    model = parallelize(model, run.world, parallel).to_empty(device=run.world.device)
     checkpoint.load_weights(model, weights)
+    init_adapters(model, seed)
     return model
 
 
@@ -191,11 +200,12 @@ def _train(
     run: Context, name: str, init: Path, config: TrainConfig, items: list[Item], reference: ReferenceCache | None = None
 ) -> PhaseResult:
     run.sleep_engine()
-    model = _load(run, init, run.config.model.dropout)
+    phase = f"{name}/train"
+    seed = derive_seed(run.config.seed, phase)
+    model = _load(run, init, run.config.model.dropout, seed)
     folder = run.run_dir / f"checkpoints/{name}"
     run.main(lambda: folder.mkdir(parents=True, exist_ok=True))
     losses: list[float] = []
-    phase = f"{name}/train"
 
     def on_step(metrics: dict[str, float]) -> None:
         losses.append(metrics["loss"])
@@ -209,7 +219,7 @@ def _train(
         config,
         reference=reference,
         world=run.world,
-        seed=derive_seed(run.config.seed, phase),
+        seed=seed,
         checkpoint_dir=folder,
         on_step=on_step,
         should_stop=lambda: bool(run.stopping),
@@ -217,18 +227,24 @@ def _train(
     )
     with progress(phase, trainer.total_steps, unit="steps", enabled=run.world.is_main) as advance:
         trainer.fit()
-    checkpoint.save_weights(model, run.weights(name), dtype=torch.float32, extra_files=run.tokenizer.files)
+    outputs, adapter, extra_files = [run.weights(name)], run.run_dir / f"adapters/{name}", run.tokenizer.files
+    if run.config.lora.rank:
+        outputs.append(adapter)
+        save_merged(model, *outputs, base=init, world=run.world, extra_files=extra_files)
+    else:
+        checkpoint.save_weights(model, run.weights(name), dtype=torch.float32, extra_files=extra_files)
     counts = {"items": len(items), "steps": trainer.total_steps, "last_loss": losses[-1]}
     steps, objective = trainer.total_steps, trainer.objective
     if objective.paired and objective.needs_reference:
         counts["chosen_fall"] = run.main(lambda: _chosen_fall(run, phase, steps, config.beta))
     del trainer
     gc.collect()  # the optimizer's memory, before the engine wants some
-    run.hand_over(model, run.weights(name))
+    if not run.config.lora.rank:  # else the engine reads what was merged
+        run.hand_over(model, run.weights(name))
     del model
     gc.collect()
     run.main(lambda: discard(folder))
-    return [run.weights(name)], counts
+    return outputs, counts
 
 
 def _chosen_fall(run: Context, phase: str, steps: int, beta: float) -> float | None:

@@ -45,6 +45,8 @@ class Plan:
     def __init__(
         self, config: Config, shape: LlamaConfig, machine: Machine, assumptions: Assumptions | None = None
     ) -> None:
+        if config.lora.rank:
+            raise UserError(f"lora.rank={config.lora.rank}: adapters cannot be planned; leave it out")
         self.config, self.shape, self.machine = config, shape, machine
         self.assumptions = assumptions or Assumptions()
         self.replicate, self.shard = mesh_shape(machine.n_gpus, config.parallel)

@@ -15,7 +15,8 @@ PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
 
 
 def model_cost(model: nn.Module) -> Cost:
-    """FLOPs of forward and backward: 6 for every weight of a matrix and token that it meets, attention beside.
+    """FLOPs of forward and backward: 6 for every weight of a matrix and token that it meets, 4 where it is frozen and
+    has no gradient; attention beside.
 
     Attention takes 4 FLOPs per head dimension for a query and a key forward, twice that backward. A model without the
     shape of a Llama in `config` counts with all of its parameters per token.
@@ -23,14 +24,11 @@ def model_cost(model: nn.Module) -> Cost:
     config = getattr(model, "config", None)
     if not hasattr(config, "num_key_value_heads"):
         return Cost(per_token=6.0 * sum(p.numel() for p in model.parameters()))
-    width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    key_values = config.num_key_value_heads * config.head_dim
-    block = width * (2 * heads + 2 * key_values + 3 * config.intermediate_size)
-    layers = config.num_hidden_layers
+    layers, head = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)], model.lm_head.weight
     return Cost(
-        per_token=6.0 * layers * block,
-        per_attended=12.0 * layers * heads,
-        per_target=6.0 * width * config.vocab_size,
+        per_token=sum((6.0 if m.weight.requires_grad else 4.0) * m.in_features * m.out_features for m in layers),
+        per_attended=12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim,
+        per_target=(6.0 if head.requires_grad else 4.0) * config.hidden_size * config.vocab_size,
     )
 
 
