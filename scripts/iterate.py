@@ -33,11 +33,12 @@ def main() -> int:
 
     def work(config: Config, world: World) -> None:
         from srlm_fast.iterate import iterate
-        from srlm_fast.summary import print_summary
+        from srlm_fast.summary import print_card, print_summary
 
         run = iterate(config, world)
         if world.is_main:
             print_summary(run)
+            print_card(run.run_dir)
 
     def show(config: Config, world: World) -> None:
         from srlm_fast.iterate import status

@@ -87,16 +87,16 @@ def _agrees(i: int, scores: list[float | None], ranks: list[int], ties: str) -> 
 
 def resample(
     examples: Sequence[EftExample], *, max_share: float = 0.4, max_examples: int = 1630, seed: int = 0
-) -> tuple[list[EftExample], dict[str, dict[float, int]]]:
+) -> tuple[list[EftExample], dict[str, int]]:
     """Thins out the most common score, then draws at most `max_examples`; the order of the rest is kept.
 
     Examples of the most common score are discarded at random until their share is at most `max_share`, but never below
     the count of the next common score.
 
     Returns:
-        The examples kept and {"before": {score: count}, "after": {score: count}}.
+        The examples kept, and {"thinned": discarded of the most common score, "capped": discarded beyond max_examples}.
     """
-    before = _histogram(examples)
+    before = histogram(examples)
     kept = list(range(len(examples)))
     if len(before) > 1 and max_share < 1:
         (top, count), (_, runner_up) = Counter(before).most_common(2)
@@ -105,11 +105,12 @@ def resample(
         common = [i for i in kept if examples[i].score == top]
         discarded = set(random.Random(f"{seed}/thin").sample(common, max(0, count - allowed)))
         kept = [i for i in kept if i not in discarded]
-    if len(kept) > max_examples:
+    removed = {"thinned": len(examples) - len(kept), "capped": max(0, len(kept) - max_examples)}
+    if removed["capped"]:
         kept = sorted(random.Random(f"{seed}/cap").sample(kept, max_examples))
-    result = [examples[i] for i in kept]
-    return result, {"before": before, "after": _histogram(result)}
+    return [examples[i] for i in kept], removed
 
 
-def _histogram(examples: Sequence[EftExample]) -> dict[float, int]:
+def histogram(examples: Sequence[EftExample]) -> dict[float, int]:
+    """{score: number of examples with it}, lowest score first."""
     return dict(sorted(Counter(example.score for example in examples).items()))

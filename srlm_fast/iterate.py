@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from srlm_fast import guards
+from srlm_fast import data_card, guards
 from srlm_fast.config import Config, input_paths, results_keys, to_dict
 from srlm_fast.context import Context
 from srlm_fast.errors import UserError
@@ -125,6 +125,7 @@ def _run_phase(run: Context, name: str, phase: Phase) -> None:
 
     def finish() -> None:
         run.run_dir.finish(name, outputs, seconds, counts)
+        data_card.write(run.run_dir)
         crossed = guards.check(name, run.run_dir.counts, run.config.guards)
         found = {"guards": {finding.guard: finding.value for finding in crossed}} if crossed else {}
         run.run_dir.log({"phase": name, "seconds": round(seconds, 3), **counts, **found})

@@ -7,11 +7,11 @@ import sys
 from itertools import chain
 from typing import Any
 
-from srlm_fast import guards
+from srlm_fast import data_card, guards
 from srlm_fast.context import Context
 from srlm_fast.data import read_rows
 from srlm_fast.phases.training import pair_files
-from srlm_fast.rundir import write_json
+from srlm_fast.rundir import RunDir, write_json
 
 COLUMNS = {
     "model": "",
@@ -98,6 +98,13 @@ def print_summary(run: Context) -> None:
     console.print(table)
     for column in columns[1:]:
         console.print(f"  {column}: {COLUMNS[column]}", style="dim", highlight=False)
+
+
+def print_card(run_dir: RunDir) -> None:
+    """What became of the data, a line for every step."""
+    print(f"\ndata, by step (what each rule removed: {run_dir / 'data_card.md'})")
+    for step in data_card.steps(run_dir):
+        print(f"  {step.line()}")
 
 
 def _shown(column: str, value: Any) -> str:

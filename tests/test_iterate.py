@@ -134,6 +134,30 @@ def test_the_table_names_every_model(undisturbed):
     assert "quality" in table and "pairwise" in table
 
 
+def check_card(run_dir: Path, iterations: int) -> None:
+    """Nothing is lost between two steps, and what is said to be kept is in the files."""
+    steps = {step["name"]: step for step in json.loads((run_dir / "data_card.json").read_text())["steps"]}
+    assert len(steps) == 5 + 4 * iterations
+    for name, step in steps.items():
+        assert step["rows"] == sum(step["removed"].values()) + sum(step["kept"].values()) > 0, name
+        assert min(step["removed"].values()) >= 0, name
+    files = {f"data/{part}": ("prompts", part) for part in ("ift", "eft_train", "eft_eval")}
+    files |= {"eft/train": ("replies to eft_train", "EFT examples")}
+    for t in range(1, iterations + 1):
+        files[f"m{t}/prompts"] = (f"m{t}: proposed prompts", "new prompts")
+        files[f"m{t}/pairs"] = (f"m{t}: judged prompts", "with a pair")
+    for file, (step, kept) in files.items():
+        lines = (run_dir / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert steps[step]["kept"][kept] == len(lines), file
+    text = (run_dir / "data_card.md").read_text(encoding="utf-8")
+    assert all(f"## {name}\n" in text for name in steps)
+
+
+@pytest.mark.slow
+def test_the_data_card_adds_up(undisturbed):
+    check_card(undisturbed, iterations=2)
+
+
 @pytest.mark.slow
 def test_iterations_train_and_differ(undisturbed):
     models = {name: weights(undisturbed, name) for name in model_names()}
@@ -269,7 +293,8 @@ def test_real_oasst_through_every_phase(tmp_path, shared_data):
     for name, _ in PHASES_OF_ONE:
         assert (tmp_path / f"smoke/phases/{name}.json").exists()
     counts = json.loads((tmp_path / "smoke/phases/prepare.json").read_text())["counts"]
-    assert counts["deleted"] == 40 and counts["orphaned"] == 3
+    assert counts["deleted"] == 40 and counts["unranked"] == 85
+    check_card(tmp_path / "smoke", iterations=1)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from srlm_fast.data import RankedPrompt, read_rows
-from srlm_fast.data.oasst import COUNTS, read_prompts, split_prompts
+from srlm_fast.data.oasst import COUNTS, DEFECTS, read_prompts, split_prompts
 from srlm_fast.errors import UserError
 
 REAL = "oasst1/oasst1-en-validation.jsonl"
@@ -43,9 +43,10 @@ def nest(rows):
 
 def test_the_real_file(shared_data):
     prompts, counts = read_prompts(shared_data(REAL))
-    figures = {"messages": 2022, "deleted": 40, "orphaned": 3, "unranked": 110, "null_labels": 5, "prompts": 187}
+    figures = {"messages": 2022, "deleted": 40, "unranked": 85, "orphaned": 1, "later_turns": 1166, "prompts": 187}
     assert {name: counts[name] for name in figures} == figures
     assert set(counts) == set(COUNTS)
+    assert counts["messages"] == sum(counts[name] for name in (*DEFECTS, "prompts", "replies"))
     # An independent count straight from the file.
     rows = [json.loads(line) for line in shared_data(REAL).read_text().splitlines()]
     roots = {row["message_id"]: row for row in rows if row["parent_id"] is None and not row["deleted"]}
@@ -113,9 +114,18 @@ def test_every_defect_is_counted_and_skipped(tmp_path):
         "later_turns": 2,
         "of_skipped_prompt": 1,
         "repeated_prompts": 1,
+        "of_repeated_prompt": 1,
         "unanswered": 1,
         "prompts": 1,
+        "replies": 3,
     }
+    assert counts["messages"] == sum(counts[name] for name in (*DEFECTS, "prompts", "replies"))
+
+
+def test_a_message_counts_for_the_first_rule_that_removes_it(tmp_path):
+    rows = [message("p"), message("a", "p", rank=0), message("b", "p", text=" ", deleted=True, lang="es", labels=None)]
+    _, counts = read_prompts(write(tmp_path / "x.jsonl", rows))
+    assert {name: counts[name] for name in DEFECTS if counts[name]} == {"empty": 1} and counts["null_labels"] == 0
 
 
 def many(n, replies=3):
@@ -128,6 +138,7 @@ def test_the_split_is_disjoint_and_follows_the_shares():
     assert (len(split.ift), len(split.eft_train), len(split.eft_eval)) == (100, 60, 20)
     ids = [row.id for part in (split.ift, split.eft_train, split.eft_eval) for row in part]
     assert len(ids) == len(set(ids))
+    assert (split.without_best, split.beyond_ift) == (0, 400 - 180)
     assert split == split_prompts(prompts, ift_examples=100, eft_share=0.2, eft_eval_share=0.25, seed=3)
     assert split.eft_eval != split_prompts(prompts, ift_examples=100, eft_share=0.2, seed=4).eft_eval
 

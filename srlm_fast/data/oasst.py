@@ -14,31 +14,43 @@ from typing import Any
 from srlm_fast.data import Example, RankedPrompt, read_rows
 from srlm_fast.errors import UserError
 
-COUNTS = {
-    "messages": "messages read, a nested tree counted message by message",
+DEFECTS = {
     "null": "rows that are null, or without text or role",
     "duplicate": "messages whose id was read before",
     "empty": "messages of white space",
     "deleted": "messages marked deleted",
-    "orphaned": "messages whose parent is in no file",
     "unranked": "assistant messages without a rank",
     "other_language": "messages in another language",
-    "null_labels": "messages without labels (not skipped: they come after those with a quality label)",
-    "later_turns": "sound messages beyond the first turn",
-    "of_skipped_prompt": "sound first replies to a prompt that was skipped",
-    "repeated_prompts": "prompts with the text of an earlier prompt, its replies dropped with it",
+    "orphaned": "messages whose parent is in no file",
+    "later_turns": "messages beyond the first turn",
+    "of_skipped_prompt": "first replies to a prompt that was skipped",
+    "repeated_prompts": "prompts with the text of an earlier prompt",
+    "of_repeated_prompt": "first replies to such a prompt",
     "unanswered": "prompts left without a ranked reply",
-    "prompts": "prompts with at least one ranked reply",
 }
+"""Rules that remove messages, in their order; a message counts for the first that removes it."""
+
+COUNTS = {
+    "messages": "messages read, a nested tree counted message by message",
+    **DEFECTS,
+    "prompts": "prompts with at least one ranked reply",
+    "replies": "their replies",
+    "null_labels": "messages without defects, and without labels (kept; they come after those with a quality label)",
+}
+"""messages = what each of `DEFECTS` removed + prompts + replies."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Who gets which prompts; no prompt is in two of the three."""
+    """Who gets which prompts; no prompt is in two of the three, and the rest is counted."""
 
     ift: list[Example]
     eft_train: list[RankedPrompt]
     eft_eval: list[RankedPrompt]
+    without_best: int
+    """Prompts not drawn for EFT whose rank-0 reply is missing."""
+    beyond_ift: int
+    """Prompts that IFT had no room for."""
 
 
 @dataclass(slots=True)
@@ -59,8 +71,7 @@ def read_prompts(
     """First-turn prompts with their ranked replies, in file order, and the counts of `COUNTS`.
 
     Reads flat messages (one per row) and nested trees ({"prompt": {..., "replies": [...]}}), .jsonl and .jsonl.gz, in
-    any order of rows. A message with two defects is counted for both. Raises UserError for rows that are neither, and
-    when no prompt is left.
+    any order of rows. Raises UserError for rows that are neither, and when no prompt is left.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     counts = dict.fromkeys(COUNTS, 0)
@@ -74,11 +85,11 @@ def read_prompts(
             counts["duplicate"] += 1
         else:
             parents[row["message_id"]] = row.get("parent_id")
-            defects = _defects(row, lang)
-            counts.update({defect: counts[defect] + 1 for defect in defects})
-            if not defects - {"null_labels"}:
+            if defect := _defect(row, lang):
+                counts[defect] += 1
+            else:
+                counts["null_labels"] += not row.get("labels")
                 sound.append(_message(where, row))
-    counts["orphaned"] = sum(parent is not None and parent not in parents for parent in parents.values())
     prompts = _assemble(sound, parents, counts)
     if not prompts:
         files = ", ".join(map(str, paths))
@@ -108,7 +119,8 @@ def _is_message(row: Any) -> bool:
     return isinstance(row, dict) and isinstance(row.get("message_id"), str)
 
 
-def _defects(row: dict[str, Any], lang: str) -> set[str]:
+def _defect(row: dict[str, Any], lang: str) -> str | None:
+    """The first of `DEFECTS` that a message has by itself."""
     text, role = row.get("text"), row.get("role")
     found = {
         "null": text is None or role is None,
@@ -116,9 +128,8 @@ def _defects(row: dict[str, Any], lang: str) -> set[str]:
         "deleted": bool(row.get("deleted")),
         "unranked": role == "assistant" and row.get("rank") is None,
         "other_language": row.get("lang", lang) != lang,
-        "null_labels": not row.get("labels"),
     }
-    return {defect for defect, present in found.items() if present}
+    return next((defect for defect, present in found.items() if present), None)
 
 
 def _message(where: str, row: dict[str, Any]) -> _Message:
@@ -144,9 +155,11 @@ def _assemble(sound: list[_Message], parents: dict[str, str | None], counts: dic
     roots = {message.id: message for message in sound if message.role == "prompter" and message.parent is None}
     replies: dict[str, list[_Message]] = {root: [] for root in roots}
     for message in sound:
-        if message.parent not in parents:  # a root, or an orphan and counted as such
+        if message.id in roots:
             continue
-        if message.role != "assistant" or parents[message.parent] is not None:
+        if message.parent not in parents:
+            counts["orphaned"] += 1
+        elif message.role != "assistant" or parents[message.parent] is not None:
             counts["later_turns"] += 1
         elif message.parent in replies:
             replies[message.parent].append(message)
@@ -160,12 +173,13 @@ def _assemble(sound: list[_Message], parents: dict[str, str | None], counts: dic
             counts["unanswered"] += 1
         elif text in texts:
             counts["repeated_prompts"] += 1
+            counts["of_repeated_prompt"] += len(ranked)
         else:
             texts.add(text)
             qualities = (root.quality, ranked[0].quality)
             quality = None if None in qualities else sum(qualities)
             prompts.append(RankedPrompt(root.id, root.text, [(r.text, r.rank) for r in ranked], quality))
-    counts["prompts"] = len(prompts)
+    counts["prompts"], counts["replies"] = len(prompts), sum(len(prompt.replies) for prompt in prompts)
     return prompts
 
 
@@ -190,10 +204,11 @@ def split_prompts(
     drawn = drawn[: round(eft_share * len(prompts))]
     held_out = round(eft_eval_share * len(drawn))
     taken = {prompt.id for prompt in drawn}
-    rest = [prompt for prompt in prompts if prompt.id not in taken and prompt.replies[0][1] == 0]
+    others = [prompt for prompt in prompts if prompt.id not in taken]
+    rest = [prompt for prompt in others if prompt.replies[0][1] == 0]
     rest.sort(key=lambda prompt: -1.0 if prompt.quality is None else prompt.quality, reverse=True)  # stable: file order
     ift = [Example(prompt.id, prompt.prompt, prompt.replies[0][0]) for prompt in rest[:ift_examples]]
-    split = Split(ift, drawn[held_out:], drawn[:held_out])
+    split = Split(ift, drawn[held_out:], drawn[:held_out], len(others) - len(rest), len(rest) - len(ift))
     wanted = {"ift": ift_examples > 0, "eft_train": eft_share > 0, "eft_eval": eft_share * eft_eval_share > 0}
     for part, is_wanted in wanted.items():
         if is_wanted and not getattr(split, part):

@@ -46,8 +46,8 @@ def _write_splits(run: Context) -> dict[str, Any]:
     for name in PARTS:
         rows = getattr(split, name)
         write_jsonl(run.run_dir / f"data/{name}.jsonl", (asdict(row) for row in rows))
-        counts = {**counts, name: len(rows)}
-    return counts
+        counts[name] = len(rows)
+    return {**counts, "without_best": split.without_best, "beyond_ift": split.beyond_ift}
 
 
 def sft_items(run: Context, examples: Iterable[Example]) -> list[Item]:

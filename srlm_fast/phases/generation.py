@@ -84,7 +84,7 @@ def select_eft(run: Context) -> PhaseResult:
                 template=run.judge.template,
             )
         seed = derive_seed(run.config.seed, "eft/select")
-        kept, histograms = eft.resample(
+        kept, removed = eft.resample(
             accepted, max_share=options.max_share, max_examples=options.max_examples, seed=seed
         )
         if not kept:
@@ -93,7 +93,7 @@ def select_eft(run: Context) -> PhaseResult:
                 flush=True,
             )
         write_jsonl(path, (asdict(row.example) for row in kept))
-        return {"accepted": len(accepted), "kept": len(kept), "scores": histograms["after"]}
+        return {"accepted": len(accepted), **removed, "kept": len(kept), "scores": eft.histogram(kept)}
 
     return [path], run.main(select)
 
@@ -115,14 +115,15 @@ def new_prompts(run: Context, t: int) -> PhaseResult:
             ):
                 advance(len(pool.add(text, finish_reason)))
             asked, rounds = indices.stop, rounds + 1
-    counts = {"requests": asked, **{rule: n for rule, n in pool.counts.items() if n}}
+    kept = min(len(pool.accepted), options.count)
+    counts = {"requests": asked, **{rule: n for rule, n in pool.counts.items() if n}, "kept": kept}
     if len(pool.accepted) < options.count:
         raise UserError(
             f"{name}: only {len(pool.accepted)} of {options.count} prompts were made ({counts}); if few requests were "
             "completed their demonstrations are too long (prompts.ift_shots, model.max_seq_len), if few prompts were "
             "accepted look at the filters (prompts.rouge_threshold) or take another prompts.generator"
         )
-    rows = [{"id": f"m{t}-{i:06d}", "prompt": text} for i, text in enumerate(pool.accepted[: options.count])]
+    rows = [{"id": f"m{t}-{i:06d}", "prompt": text} for i, text in enumerate(pool.accepted[:kept])]
     path = run.run_dir / f"{name}.jsonl"
     run.main(lambda: write_jsonl(path, rows))
     return [path], counts
