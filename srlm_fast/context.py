@@ -10,6 +10,7 @@ from torch import nn
 
 from srlm_fast import checkpoint, checks
 from srlm_fast.chat import chat_format
+from srlm_fast.claims import make_shards
 from srlm_fast.config import GENERATORS, Config
 from srlm_fast.data import Example, RankedPrompt, formats, prompts, read_rows
 from srlm_fast.endpoint import EndpointJudge
@@ -21,10 +22,8 @@ from srlm_fast.lora import check_options
 from srlm_fast.meta_judge import MetaJudge
 from srlm_fast.model import LlamaConfig
 from srlm_fast.parallel import World, mesh_shape
-from srlm_fast.progress import progress
 from srlm_fast.rollout import Judge
 from srlm_fast.rundir import RunDir
-from srlm_fast.shards import Shard
 from srlm_fast.stop import Stop
 from srlm_fast.tokenizer import check_vocab, load_tokenizer
 
@@ -150,46 +149,5 @@ class Context:
     def shards(
         self, name: str, rows: Sequence[Any], work: Callable[[Sequence[Any]], Iterable[dict[str, Any]]]
     ) -> list[Path]:
-        """Turn rows into files shard by shard; ranks, or groups of them, claim the shards that have no file yet.
-
-        A shard is worked on alone, so its content depends neither on the rank nor on the shards before it. Its finished
-        rows are kept as they come (`srlm_fast.shards`), so that a restart makes the others only.
-
-        Args:
-            name: the phase; its files are NAME/shard-NNNNN.jsonl in the run folder.
-            rows: what to work on, each with an id.
-            work: work(rows) -> one row for each of them with its id ("prompt_id" or "id"), in any order, as finished.
-
-        Returns:
-            All files, in order, when all ranks are done.
-        """
-        size = self.config.candidates.shard_size
-        files = [self.run_dir / f"{name}/shard-{i:05d}.jsonl" for i in range((len(rows) + size - 1) // size)]
-        todo = self.main(lambda: [i for i, file in enumerate(files) if not file.exists()])
-        total = sum(len(rows[i * size : (i + 1) * size]) for i in todo) // self.world.n_groups  # of this group, about
-        leads = self.world.leads_group  # its other ranks work along, and write nothing
-        with progress(name, total, unit="rows", enabled=self.world.is_main) as advance:
-            for claimed in self.world.claims():
-                if claimed >= len(todo):
-                    break
-                i = todo[claimed]
-                part = rows[i * size : (i + 1) * size]
-                shard = Shard(files[i], [_row_id(row) for row in part], _row_id) if leads else None
-                missing = self.world.broadcast_in_group(shard.missing if leads else None)
-                advance(len(part) - len(missing))
-                for row in work([part[k] for k in missing]) if missing else ():
-                    if leads:
-                        shard.add(row)
-                    self.check_stop()
-                    advance(1)
-                if leads:
-                    shard.seal()
-        self.world.barrier()
-        return files
-
-
-def _row_id(row: Any) -> str:
-    """Id of a row to work on, or of one made of it."""
-    if not isinstance(row, dict):
-        return row.id
-    return row["prompt_id"] if "prompt_id" in row else row["id"]
+        """`srlm_fast.claims.make_shards` in shards of candidates.shard_size rows."""
+        return make_shards(self, name, rows, work, self.config.candidates.shard_size)

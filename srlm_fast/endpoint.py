@@ -12,7 +12,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from srlm_fast.config import JudgeConfig
@@ -27,8 +27,8 @@ TOP_LOGPROBS = 20
 _TOO_LONG = ("context_length_exceeded", "maximum context length", "context window")
 
 
-class EndpointJudge:
-    """The judge of judge.endpoint; takes the place of `srlm_fast.rollout.Judge`.
+class Endpoint:
+    """The server of judge.endpoint, asked with judge.endpoint_* as they are configured.
 
     Raises:
         UserError: when the `openai` package is missing, judge.endpoint is no address, or judge.endpoint_model is unset.
@@ -45,8 +45,7 @@ class EndpointJudge:
             )
         if not config.endpoint_model:
             raise UserError("judge.endpoint_model is empty; name the model that the server of judge.endpoint shall run")
-        self.config, self.n = config, config.n
-        self.template = load_template(config.template)
+        self.config = config
         self._openai = openai
         self._client = openai.OpenAI(
             base_url=config.endpoint,
@@ -55,41 +54,30 @@ class EndpointJudge:
             timeout=config.endpoint_timeout,
         )
 
-    def judging(self, engine: Engine, schedule: str = "streamed") -> _EndpointJudging:
-        """Judgements by the server; `schedule` is of no concern to it."""
-        return _EndpointJudging(self)
+    def ask(
+        self, prompt: str, seed: int, *, n: int = 1, temperature: float | None = None, logprobs: bool = False
+    ) -> list[Any] | None:
+        """At least one choice, some servers not giving all n; None when the prompt is too long for the model.
 
-    def score(self, judgements: Iterable[Judgement]) -> float | None:
-        """See `Judge.score`."""
-        return mean_score(judgements, self.config.mode, self.config.min_valid)
-
-    def judge(self, reply: Reply, seed: int) -> list[Judgement]:
-        """n judgements of a reply; none when it is too long for the server's model.
+        Args:
+            prompt: one message of a user.
+            seed: sent along; not all servers heed it.
+            n: choices wanted.
+            temperature: None: judge.temperature.
+            logprobs: whether the likeliest tokens of every step are asked for.
 
         Raises:
             UserError: when the server cannot be reached, refuses, or keeps failing.
         """
-        prompt = judge_prompt(reply.instruction, reply.text, self.template)
-        judgements: list[Judgement] = []
-        while len(judgements) < self.n:
-            asked = derive_seed(seed, len(judgements)) if judgements else seed
-            choices = self._ask(prompt, self.n - len(judgements), asked)
-            if choices is None:
-                return []
-            judgements += [self._read(choice, asked) for choice in choices]
-        return judgements[: self.n]
-
-    def _ask(self, prompt: str, n: int, seed: int) -> list[Any] | None:
-        """At least one choice, some servers not giving all n; None when the prompt is too long."""
         config, openai = self.config, self._openai
         options: dict[str, Any] = {"n": n} if n > 1 else {}
-        if config.mode == "expected":
+        if logprobs:
             options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         try:
             answer = self._client.chat.completions.create(
                 model=config.endpoint_model,
                 messages=[{"role": "user", "content": prompt}],
-                temperature=config.temperature,
+                temperature=config.temperature if temperature is None else temperature,
                 top_p=config.top_p,
                 max_tokens=config.max_new_tokens,
                 seed=seed,
@@ -126,6 +114,45 @@ class EndpointJudge:
             return f"{what}. Tried {config.endpoint_retries + 1} times; the same command goes on from here"
         return what
 
+
+class EndpointJudge:
+    """The judge of judge.endpoint; takes the place of `srlm_fast.rollout.Judge`.
+
+    Raises:
+        UserError: as `Endpoint` does.
+    """
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self._endpoint = Endpoint(config)
+        self.config, self.n = config, config.n
+        self.template = load_template(config.template)
+
+    def judging(self, engine: Engine, schedule: str = "streamed") -> _Asking:
+        """Judgements by the server; `schedule` is of no concern to it."""
+        return _Asking(self.judge, self.config.endpoint_concurrency)
+
+    def score(self, judgements: Iterable[Judgement]) -> float | None:
+        """See `Judge.score`."""
+        return mean_score(judgements, self.config.mode, self.config.min_valid)
+
+    def judge(self, reply: Reply, seed: int) -> list[Judgement]:
+        """n judgements of a reply; none when it is too long for the server's model.
+
+        Raises:
+            UserError: when the server cannot be reached, refuses, or keeps failing.
+        """
+        prompt = judge_prompt(reply.instruction, reply.text, self.template)
+        judgements: list[Judgement] = []
+        while len(judgements) < self.n:
+            asked = derive_seed(seed, len(judgements)) if judgements else seed
+            choices = self._endpoint.ask(
+                prompt, asked, n=self.n - len(judgements), logprobs=self.config.mode == "expected"
+            )
+            if choices is None:
+                return []
+            judgements += [self._read(choice, asked) for choice in choices]
+        return judgements[: self.n]
+
     def _read(self, choice: Any, seed: int) -> Judgement:
         config, text = self.config, choice.message.content or ""
         found = find_score(text, decimals=config.decimals, max_score=config.max_score, which=config.which)
@@ -147,21 +174,49 @@ class EndpointJudge:
         return None
 
 
-class _EndpointJudging:
-    """Replies to judge, and their judgements, through threads that end when all is judged or one of them fails."""
+class EndpointWriter:
+    """Texts by the model of judge.endpoint, to prompts of any kind.
 
-    def __init__(self, judge: EndpointJudge) -> None:
-        self._judge = judge
-        self._todo: queue.SimpleQueue[tuple[Reply, int, Any] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Judged | BaseException] = queue.SimpleQueue()
-        self._next: list[Judged | BaseException] = []  # taken out of `_done` by `more`
+    Raises:
+        UserError: as `Endpoint` does.
+    """
+
+    def __init__(self, config: JudgeConfig, *, temperature: float) -> None:
+        self._endpoint, self._temperature = Endpoint(config), temperature
+
+    def write_each(self, prompts: Iterable[tuple[Any, str, int]]) -> Iterator[tuple[Any, str | None]]:
+        """(key, text) of (key, prompt, seed), as they finish; None for a prompt that is too long."""
+        asking = _Asking(self._write, self._endpoint.config.endpoint_concurrency)
+        for key, prompt, seed in prompts:
+            asking.submit(prompt, seed, key)
+        while asking.more():
+            yield from asking.ready()
+
+    def _write(self, prompt: str, seed: int) -> str | None:
+        choices = self._endpoint.ask(prompt, seed, temperature=self._temperature)
+        return None if choices is None else choices[0].message.content or ""
+
+
+class _Asking:
+    """What to ask, and what came of it, through threads that end when all is done or one of them fails.
+
+    Args:
+        ask: (question, seed) -> answer; for a judge (reply, seed) -> its judgements.
+        concurrency: most threads.
+    """
+
+    def __init__(self, ask: Callable[[Any, int], Any], concurrency: int) -> None:
+        self._ask, self._concurrency = ask, concurrency
+        self._todo: queue.SimpleQueue[tuple[Any, int, Any] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[Any, Any] | BaseException] = queue.SimpleQueue()
+        self._next: list[tuple[Any, Any] | BaseException] = []  # taken out of `_done` by `more`
         self._waiting = self._threads = 0
         self._failed = False
 
-    def submit(self, reply: Reply, seed: int, key: Any) -> bool:
+    def submit(self, question: Any, seed: int, key: Any) -> bool:
         self._waiting += 1
-        self._todo.put((reply, seed, key))
-        if self._threads < min(self._waiting, self._judge.config.endpoint_concurrency):
+        self._todo.put((question, seed, key))
+        if self._threads < min(self._waiting, self._concurrency):
             self._threads += 1
             threading.Thread(target=self._work, name="judge.endpoint", daemon=True).start()
         return True
@@ -169,7 +224,7 @@ class _EndpointJudging:
     def take(self, completion: Completion) -> Iterable[Judged]:
         raise AssertionError("the engine was asked for answers only")
 
-    def ready(self) -> Iterator[Judged]:
+    def ready(self) -> Iterator[tuple[Any, Any]]:
         while self._next or not self._done.empty():
             result = self._next.pop() if self._next else self._done.get()
             if isinstance(result, BaseException):
@@ -192,9 +247,9 @@ class _EndpointJudging:
 
     def _work(self) -> None:
         while (asked := self._todo.get()) is not None and not self._failed:
-            reply, seed, key = asked
+            question, seed, key = asked
             try:
-                self._done.put((key, self._judge.judge(reply, seed)))
+                self._done.put((key, self._ask(question, seed)))
             except BaseException as error:
                 self._failed = True
                 self._done.put(error)

@@ -43,6 +43,8 @@ MAY_IMPORT = {
     "rollout": {"chat", "config", "data", "engine", "judge"},
     "endpoint": {"config", "engine", "judge", "rollout"},
     "shards": {"rundir"},
+    "claims": {"parallel", "progress", "rundir", "shards"},
+    "head_to_head": set(),
     "world": set(),
     "world_corpus": {"world"},
     "progress": set(),

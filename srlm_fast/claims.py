@@ -1,0 +1,78 @@
+"""Rows that all ranks work on together: each claims the next shard that has no file yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from srlm_fast.parallel import World
+from srlm_fast.progress import progress
+from srlm_fast.rundir import RunDir
+from srlm_fast.shards import Shard
+
+
+class Run(Protocol):
+    """What a run has to have for it."""
+
+    run_dir: RunDir
+    world: World
+
+    def main(self, function: Callable[[], Any]) -> Any:
+        """Run on rank 0 and give every rank its result, or the same UserError."""
+
+    def check_stop(self) -> None:
+        """Raise `Interrupted` when it is time to stop."""
+
+
+def make_shards(
+    run: Run,
+    name: str,
+    rows: Sequence[Any],
+    work: Callable[[Sequence[Any]], Iterable[dict[str, Any]]],
+    size: int,
+) -> list[Path]:
+    """Turn rows into files shard by shard; ranks, or groups of them, claim the shards that have no file yet.
+
+    A shard is worked on alone, so its content depends neither on the rank nor on the shards before it. Its finished
+    rows are kept as they come (`srlm_fast.shards`), so that a restart makes the others only.
+
+    Args:
+        run: the run; all its ranks call this.
+        name: the phase; its files are NAME/shard-NNNNN.jsonl in the run folder.
+        rows: what to work on, each with an id.
+        work: work(rows) -> one row for each of them with its id ("prompt_id" or "id"), in any order, as finished.
+        size: rows of a shard.
+
+    Returns:
+        All files, in order, when all ranks are done.
+    """
+    files = [run.run_dir / f"{name}/shard-{i:05d}.jsonl" for i in range((len(rows) + size - 1) // size)]
+    todo = run.main(lambda: [i for i, file in enumerate(files) if not file.exists()])
+    total = sum(len(rows[i * size : (i + 1) * size]) for i in todo) // run.world.n_groups  # of this group, about
+    leads = run.world.leads_group  # its other ranks work along, and write nothing
+    with progress(name, total, unit="rows", enabled=run.world.is_main) as advance:
+        for claimed in run.world.claims():
+            if claimed >= len(todo):
+                break
+            i = todo[claimed]
+            part = rows[i * size : (i + 1) * size]
+            shard = Shard(files[i], [_row_id(row) for row in part], _row_id) if leads else None
+            missing = run.world.broadcast_in_group(shard.missing if leads else None)
+            advance(len(part) - len(missing))
+            for row in work([part[k] for k in missing]) if missing else ():
+                if leads:
+                    shard.add(row)
+                run.check_stop()
+                advance(1)
+            if leads:
+                shard.seal()
+    run.world.barrier()
+    return files
+
+
+def _row_id(row: Any) -> str:
+    """Id of a row to work on, or of one made of it."""
+    if not isinstance(row, dict):
+        return row.id
+    return row["prompt_id"] if "prompt_id" in row else row["id"]
