@@ -8,9 +8,10 @@ from pathlib import Path
 from srlm_fast import checkpoint
 from srlm_fast.config import GENERATORS, Config, input_paths
 from srlm_fast.errors import UserError
+from srlm_fast.lora import check_options
 from srlm_fast.model import LlamaConfig
 from srlm_fast.tokenizer import Tokenizer, check_vocab
-from srlm_fast.trainer import training_objective
+from srlm_fast.trainer import check_moments, training_objective
 
 
 def inputs(config: Config) -> None:
@@ -57,6 +58,13 @@ def shape(config: Config, llama: LlamaConfig) -> None:
             f"model.max_seq_len={config.model.max_seq_len} is above the model's max_position_embeddings="
             f"{llama.max_position_embeddings}; lower it"
         )
+
+
+def training(config: Config) -> None:
+    """Raises UserError for adapters or moments that cannot be had."""
+    check_options(config.lora)
+    check_moments(config.sft)
+    check_moments(config.dpo)
 
 
 def losses(config: Config) -> None:

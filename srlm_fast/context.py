@@ -18,7 +18,6 @@ from srlm_fast.engine import load_engine
 from srlm_fast.engine.base import Engine
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.kernels import library
-from srlm_fast.lora import check_options
 from srlm_fast.meta_judge import MetaJudge
 from srlm_fast.model import LlamaConfig
 from srlm_fast.parallel import World, mesh_shape
@@ -44,7 +43,6 @@ class Context:
         if lacking := checks.missing(config):
             raise UserError(lacking[0])
         mesh_shape(world.size, config.parallel)
-        check_options(config.lora)
         self.llama: LlamaConfig = checkpoint.read_config(Path(config.model.path))
         checks.shape(config, self.llama)
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
@@ -56,6 +54,7 @@ class Context:
         self.meta_judge = MetaJudge(self.chat, config.meta_judge, config.judge, config.model.max_seq_len)
         self.tasks_template = prompts.load_template(config.prompts.shots_template)
         self.held_out = self._read_held_out()
+        checks.training(config)
         checks.losses(config)
         checks.generator(config, self.llama, self.tokenizer)
         self._engine = self._make_engine()

@@ -41,7 +41,7 @@ from srlm_fast.rundir import RunDir, atomic_file, fingerprint, write_json
 from srlm_fast.seeds import derive_seed
 from srlm_fast.stop import Stop
 from srlm_fast.tokenizer import Tokenizer, check_vocab, load_tokenizer
-from srlm_fast.trainer import Evaluation, Trainer, training_objective, worse_than_before
+from srlm_fast.trainer import Evaluation, Trainer, check_moments, training_objective, worse_than_before
 
 
 def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> dict[str, Any]:
@@ -62,6 +62,7 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
     library.use(config.kernels)
     objective = training_objective(config.training)
     check_options(config.lora)
+    check_moments(config.training)
     inputs = _inputs(config, objective)
     run, stopping = RunDir(config.run_dir), Stop(config.save_by)
     world.on_main(lambda: _open(run, config, inputs))

@@ -14,13 +14,23 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from srlm_fast.kernels.optimizer import AdamW
 from srlm_fast.parallel import World
+from srlm_fast.trainer.eight_bit import adamw_8bit
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-7}
 
 
-def make_model(dtype=torch.float32):
+def make_model(dtype=torch.float32, moments="fp32"):
+    """With 8-bit moments a wider model, whose shards are large enough for them."""
     torch.manual_seed(0)
+    if moments == "8bit":
+        return nn.Sequential(nn.Linear(12, 128), nn.Tanh(), nn.LayerNorm(128), nn.Linear(128, 128), nn.Linear(128, 3))
     return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.LayerNorm(20), nn.Linear(20, 3)).to(dtype)
+
+
+def make_optimizer(model, moments, seed=7):
+    if moments == "8bit":
+        return adamw_8bit(groups(model), **OPTIONS)
+    return AdamW(groups(model), **OPTIONS, moments=moments, seed=seed)
 
 
 def groups(model):
@@ -70,10 +80,10 @@ if __name__ == "__main__":
     mesh = init_device_mesh("cpu", (world.size,))
 
     def build():
-        model = fully_shard(make_model(), mesh=mesh)
+        model = fully_shard(make_model(moments=moments), mesh=mesh)
         model.set_gradient_divide_factor(float(world.size))  # all ranks see the same batch
         model.set_force_sum_reduction_for_comms(True)
-        return model, AdamW(groups(model), **OPTIONS, moments=moments, seed=world.rank)
+        return model, make_optimizer(model, moments, seed=world.rank)
 
     model, optimizer = build()
     train(model, optimizer, range(4))

@@ -54,6 +54,7 @@ ONLY_IN = {
     "vllm": "srlm_fast/engine/vllm.py",
     "openai": "srlm_fast/endpoint.py",
     "deepspeed": "srlm_fast/parallel/deepspeed.py",
+    "torchao": "srlm_fast/trainer/eight_bit.py",
     "flash_attn": "kernels/attention.py",
     "transformers": "",
 }

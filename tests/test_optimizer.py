@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from optimizer_case import OPTIONS, groups, load, make_model, save, train, weights
+from optimizer_case import OPTIONS, groups, load, make_model, make_optimizer, save, train, weights
+from training_case import build
 
+from srlm_fast.errors import UserError
 from srlm_fast.kernels.optimizer import MOMENTS, AdamW
 
 MODES = [("fp32", torch.float32), ("bf16", torch.float32), ("bf16", torch.bfloat16)]
 
 
 def trained(steps, moments="fp32", dtype=torch.float32):
-    model = make_model(dtype)
-    optimizer = AdamW(groups(model), **OPTIONS, moments=moments, seed=7)
+    model = make_model(dtype, moments)
+    optimizer = make_optimizer(model, moments)
     if steps:
         train(model, optimizer, range(steps))
     return model, optimizer
@@ -148,7 +150,7 @@ def test_bad_options_are_named(options, says):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("moments", [*MOMENTS, "8bit"])
 def test_sharded(moments, tmp_path):
     """Two ranks resume exactly; with fp32 moments they do what one process does."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -157,6 +159,47 @@ def test_sharded(moments, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     undisturbed, resumed = torch.load(tmp_path / "result.pt", weights_only=True)
     torch.testing.assert_close(resumed, undisturbed, rtol=0, atol=0)
-    alone = weights(trained(8)[0])
+    alone = weights(trained(8, "8bit" if moments == "8bit" else "fp32")[0])
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if moments == "fp32" else {"rtol": 0, "atol": 2e-3}
     torch.testing.assert_close(undisturbed, alone, **tolerance)
+
+
+def test_8_bit_moments_train_as_well():
+    """Over 200 steps the loss of fp32 moments, in a quarter of their bytes."""
+    model, exact = make_model(moments="8bit"), make_model(moments="8bit")
+    start = weights(exact)
+    expected = train(exact, torch.optim.AdamW(groups(exact), **OPTIONS), range(200))
+    optimizer = make_optimizer(model, "8bit")
+    assert train(model, optimizer, range(200)) < 1.1 * expected
+    for (name, ours), theirs in zip(weights(model).items(), exact.parameters()):
+        moved = (theirs - start[name]).norm()
+        assert (ours - theirs).norm() < 0.25 * moved, name
+    states = {p.numel(): optimizer.state[p] for p in model.parameters()}
+    large = states[128 * 128]["exp_avg_sq"]
+    assert type(large).__name__ == "OptimState8bit" and large.codes.nbytes + large.scale.nbytes < 1.02 * 128 * 128
+    assert states[12 * 128]["exp_avg"].dtype == torch.float32 and type(states[12 * 128]["exp_avg"]) is torch.Tensor
+
+
+def test_8_bit_moments_resume(tmp_path):
+    model, optimizer = trained(4, "8bit")
+    save(model, optimizer, tmp_path)
+    train(model, optimizer, range(4, 8))
+    resumed, again = trained(0, "8bit")
+    load(resumed, again, tmp_path)
+    train(resumed, again, range(4, 8))
+    torch.testing.assert_close(weights(resumed), weights(model), rtol=0, atol=0)
+
+
+def test_8_bit_moments_by_the_trainer(monkeypatch):
+    """The schedule reaches torchao's optimizer; without torchao one line says what to install."""
+    steps: list[dict] = []
+    trainer = build("dpo", changes={"moments": "8bit", "max_steps": 3}, on_step=steps.append)
+    trainer.fit()
+    assert float(trainer.optimizer.param_groups[0]["lr"]) == pytest.approx(steps[-1]["lr"])
+    exact = build("dpo", changes={"max_steps": 3})
+    exact.fit()
+    for ours, theirs in zip(trainer.model.parameters(), exact.model.parameters()):  # too small for 8 bits
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="moments=8bit needs torchao: pip install"):
+        build("dpo", changes={"moments": "8bit"})

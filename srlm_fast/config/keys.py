@@ -55,7 +55,11 @@ class TrainConfig:
     adam_beta1: float = key(0.9, "AdamW's beta1 (choice)", below=1)
     adam_beta2: float = key(0.95, "AdamW's beta2 (choice)", below=1)
     adam_eps: float = key(1e-8, "AdamW's epsilon (choice)")
-    moments: str = key("fp32", "AdamW's moments; bf16 is rounded stochastically (choice)", choices=("fp32", "bf16"))
+    moments: str = key(
+        "fp32",
+        "AdamW's moments; bf16: rounded stochastically; 8bit: torchao's, a code per value and a scale per 256 (choice)",
+        choices=("fp32", "bf16", "8bit"),
+    )
     weight_decay: float = key(0.1, "decoupled weight decay of matrices (choice)")
     max_grad_norm: float = key(1.0, "gradient norm above which gradients are scaled down (choice)")
     checkpoint_every: int = key(200, "optimizer steps between training checkpoints", operational=True, least=1)

@@ -52,6 +52,7 @@ def dry_run(config: Config, gpus: str | None = None) -> Iterator[str]:
         raise UserError("model.path is empty: name a folder with config.json")
     shape = checkpoint.read_config(Path(config.model.path))
     checks.shape(config, shape)
+    checks.training(config)
     checks.losses(config)
     lacking = checks.missing(config)
     if any(Path(config.model.path).glob("*.safetensors")):

@@ -25,6 +25,9 @@ from srlm_fast.plan.machine import Assumptions, Machine
 GIB = 2**30
 CUDA = torch.device("cuda")
 
+MOMENT_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2 + 2 * 4 / 256}
+"""Of both moments, per parameter; with 8 bits a scale for 256 values."""
+
 Parts = dict[str, float]
 """Bytes by what they are for."""
 
@@ -177,8 +180,7 @@ class Plan:
             (gradients, kept / layers, block, 0.0, weights, wide),
         )
         fullest = dict(zip(names, max(moments, key=sum), strict=True))
-        moments_bytes = {"fp32": 8, "bf16": 4}[lookup(self.config, section).moments]
-        parts = {"parameters": 4 * local, "moments": moments_bytes * local}
+        parts = {"parameters": 4 * local, "moments": MOMENT_BYTES[lookup(self.config, section).moments] * local}
         return parts | fullest | {"reserve": self.assumptions.reserve_gib * GIB}
 
     def gathered(self, n_blocks: int) -> float:
@@ -261,6 +263,7 @@ class Plan:
             yield {"parallel.checkpointing": "selective"}
         yield {"parallel.checkpointing": "full"}
         yield {"sft.moments": "bf16", "dpo.moments": "bf16"}
+        yield {"sft.moments": "8bit", "dpo.moments": "8bit"}
         yield {"engine.name": "vllm"}
         for degree in (2, 4, 8):
             if degree > config.engine.tensor_parallel and local % degree == 0:

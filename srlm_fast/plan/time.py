@@ -13,7 +13,7 @@ from srlm_fast.plan.memory import Parts, Plan
 
 RECOMPUTED = {"none": 0.0, "selective": 0.6, "full": 1.0}
 """Share of a block's forward FLOPs that are done again: queries, keys and the wide products of the MLP; all of them."""
-OPTIMIZER_BYTES = {"fp32": 28, "bf16": 20}
+OPTIMIZER_BYTES = {"fp32": 28, "bf16": 20, "8bit": 16}
 """Read and written per parameter by AdamW: gradient read; parameter and two moments read and written."""
 
 

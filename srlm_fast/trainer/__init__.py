@@ -13,6 +13,7 @@ Nothing here knows of iterations, judges or engines; any list of `Item` can be t
 | `batch` | forward and backward over a batch, and its metrics |
 | `evaluation` | held-out items during training, early stopping |
 | `optimization` | the objective of a configuration, learning rates, AdamW |
+| `eight_bit` | AdamW with moments in 8 bits |
 | `references` | reference log-probabilities in memory |
 | `checkpoints` | training checkpoints |
 | `machine` | FLOPs, their share of the peak, memory |
@@ -20,7 +21,7 @@ Nothing here knows of iterations, judges or engines; any list of `Item` can be t
 
 from srlm_fast.trainer.evaluation import AgainstPrevious, Evaluation, below, worse_than_before
 from srlm_fast.trainer.fit import Trainer
-from srlm_fast.trainer.optimization import learning_rate, make_optimizer, training_objective
+from srlm_fast.trainer.optimization import check_moments, learning_rate, make_optimizer, training_objective
 from srlm_fast.trainer.references import reference_cache
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Evaluation",
     "Trainer",
     "below",
+    "check_moments",
     "learning_rate",
     "make_optimizer",
     "reference_cache",

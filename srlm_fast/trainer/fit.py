@@ -26,7 +26,7 @@ from srlm_fast.trainer.checkpoints import Checkpoints, identity
 from srlm_fast.trainer.evaluation import Evaluation
 from srlm_fast.trainer.examples import Examples
 from srlm_fast.trainer.machine import memory_gb, model_cost, peak_tflops
-from srlm_fast.trainer.optimization import learning_rate, make_optimizer, training_objective
+from srlm_fast.trainer.optimization import learning_rate, make_optimizer, set_rate, training_objective
 
 ON_NONFINITE = ("stop", "skip")
 MOST_SKIPPED = 10
@@ -188,8 +188,7 @@ class Trainer:
 
         totals = self.batches.train(self.examples, batch, counts, baseline, draw_dropout)
         lr = self.rate(step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         grad_norm = self.sharding.clip(self.config.max_grad_norm or math.inf)
         metrics, stop = self.batches.metrics(totals, counts, baseline, self._has_to_stop())
         finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)

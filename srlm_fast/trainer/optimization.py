@@ -12,6 +12,7 @@ from srlm_fast.errors import UserError
 from srlm_fast.kernels import library
 from srlm_fast.kernels.optimizer import AdamW
 from srlm_fast.losses import Objective, get_objective
+from srlm_fast.trainer.eight_bit import adamw_8bit, check_installed
 
 
 def training_objective(config: TrainConfig) -> Objective:
@@ -36,13 +37,30 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * remaining
 
 
+def check_moments(config: TrainConfig) -> None:
+    """Raises UserError for moments that cannot be had here."""
+    if config.moments == "8bit":
+        check_installed()
+    if config.moments == "bf16" and not library.fused():
+        raise UserError("moments=bf16 needs kernels=fused; torch's AdamW does not have them")
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives all groups a learning rate; those of torchao keep it as a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig, seed: int = 0) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices and none on norms; torch's fused one where kernels are not in use.
 
     `seed` is of the rounding of bf16 moments; it differs between ranks.
 
     Raises:
-        UserError: for bf16 moments without kernels.
+        UserError: for bf16 moments without kernels, and 8-bit ones without torchao.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -50,8 +68,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig, seed: int = 0) -> torc
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     options = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
+    check_moments(config)
+    if config.moments == "8bit":
+        return adamw_8bit(groups, **options)
     if library.fused():
         return AdamW(groups, **options, moments=config.moments, seed=seed)
-    if config.moments != "fp32":
-        raise UserError(f"moments={config.moments} needs kernels=fused; torch's AdamW does not have them")
     return torch.optim.AdamW(groups, **options, fused=True)
