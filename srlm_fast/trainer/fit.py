@@ -121,7 +121,9 @@ class Trainer:
         known = {}
         if self.world.is_main:
             known = identity(self.items, self.config, self.seed, reference.weights_id if reference else None)
-        keep_last, background = self.config.keep_last, self.config.checkpoint_in_background
+        # torch's copies for the background know no tensors of another class, as torchao's moments are
+        background = self.config.checkpoint_in_background and self.config.moments != "8bit"
+        keep_last = self.config.keep_last
         return Checkpoints(self.checkpoint_dir, self.world, known, keep_last=keep_last, background=background)
 
     def fit(self) -> dict[str, float]:
