@@ -22,6 +22,7 @@ from srlm_fast.config.keys import LoraConfig
 from srlm_fast.errors import UserError
 from srlm_fast.lora import TARGETS, adapter_parameters, add_adapters, fill, merged
 from srlm_fast.model import Llama
+from srlm_fast.model_files import write_folder
 from srlm_fast.parallel import World, sharding_of
 from srlm_fast.rundir import atomic_file, write_json
 
@@ -165,7 +166,7 @@ def merge_folders(
             thin = [tensors.get(f"{name.removesuffix('.weight')}.lora_{side}.weight") for side in "AB"]
             yield (weight if thin[0] is None else merged(weight, *thin, options.alpha / options.rank)).to(dtype)
 
-    checkpoint.write_folder(folder, config, specs, stream(), max_shard_bytes=max_shard_bytes, extra_files=extra_files)
+    write_folder(folder, config, specs, stream(), max_shard_bytes=max_shard_bytes, extra_files=extra_files)
 
 
 def save_merged(

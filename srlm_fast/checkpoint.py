@@ -1,17 +1,15 @@
 """Weights in Hugging Face's layout: config.json and safetensors, one file or shards with an index.
 
-Reading and writing go tensor by tensor: no process holds more than the slices it owns and one tensor. A folder is
-written under a temporary name, synced and renamed, so its final name never holds half a model.
+Reading and writing go tensor by tensor: no process holds more than the slices it owns and one tensor to read, two to
+write. `srlm_fast.model_files` has what is done to write.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -26,15 +24,11 @@ from torch import Tensor, nn
 from srlm_fast.errors import UserError
 from srlm_fast.lora import base_parameters, is_adapter
 from srlm_fast.model import Llama, LlamaConfig
+from srlm_fast.model_files import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Ranks, bytes_of, write_folder, writing_order
 from srlm_fast.parallel import sharding_of
-from srlm_fast.rundir import sync_folder
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a table that old checkpoints carry; it follows from config.json
 _TIED, _TIED_TO = "lm_head.weight", "model.embed_tokens.weight"
-
-Spec = tuple[str, tuple[int, ...], torch.dtype]  # name, shape, dtype of a tensor to be written
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -122,8 +116,8 @@ def weights_id(folder: str | Path) -> str:
 
         def tensor_digest(name: str) -> bytes:
             tensor = stored[name].get_tensor(name)
-            head = f"{name} {_DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}".encode()
-            return head + hashlib.blake2b(_bytes(tensor), digest_size=32).digest()
+            head = f"{name} {DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}".encode()
+            return head + hashlib.blake2b(bytes_of(tensor), digest_size=32).digest()
 
         for part in pool.map(tensor_digest, sorted(shapes)):
             digest.update(part)
@@ -200,7 +194,7 @@ def _check(folder: Path, stored: dict[str, Any], shapes: Mapping[str, tuple[int,
         raise UserError(f"{folder}: tensor {extra[0]} does not belong to this model ({len(extra)} such in all)")
     for name, shape in shapes.items():
         found = stored[name].get_slice(name)
-        if found.get_dtype() not in _DTYPE_NAMES.values():
+        if found.get_dtype() not in DTYPE_NAMES.values():
             raise UserError(f"{folder}: tensor {name} is of dtype {found.get_dtype()}, not a plain floating point one")
         if tuple(found.get_shape()) != shape:
             raise UserError(f"{folder}: tensor {name} has shape {found.get_shape()}, the model wants {list(shape)}")
@@ -229,154 +223,38 @@ def save_weights(
     max_shard_bytes: int = 5 << 30,
     extra_files: Mapping[str, Path] | Iterable[Path] = (),
 ) -> None:
-    """Write a Llama as a model folder, readable by transformers and vLLM. All ranks call it, rank 0 writes.
+    """Write a Llama as a model folder, readable by transformers and vLLM. All ranks call it and write files of it.
 
     Args:
         model: a Llama, whole or sharded; its parameters are gathered one by one.
-        folder: replaced if it holds an earlier model.
+        folder: replaced if it holds an earlier model; the same for all ranks.
         dtype: of the tensors in the files; None keeps the parameters' own.
         max_shard_bytes: a file is closed before it would outgrow this; a model that fits is one file without index.
         extra_files: {name in the folder: file} to copy (`Tokenizer.files`), or files that keep their names.
 
     Raises:
-        UserError: on every rank, when the folder cannot be written or holds something else, nothing is then left
-            behind; for a model with adapters.
+        UserError: on every rank, as `write_folder`; for a model with adapters.
     """
     if any(is_adapter(name) for name, _ in model.named_parameters()):
         raise UserError("this model has adapters: merge them first, by lora.merge or adapters.merge_folders")
     sharding = sharding_of(model)
     shapes = sharding.shapes()
     specs = [(name, shapes[name], dtype or p.dtype) for name, p in model.named_parameters()]
-    specs.sort(key=lambda spec: -spec[2].itemsize)  # so that every tensor is aligned in its file
-    parameters = dict(model.named_parameters())
-
-    def gathered() -> Iterator[Tensor]:
-        for name, _, kind in specs:
-            yield sharding.whole(parameters[name], kind)
-
-    tensors, failure = gathered(), None
-    distributed = dist.is_available() and dist.is_initialized()
-    if not distributed or dist.get_rank() == 0:
-        try:
-            write_folder(folder, model.config, specs, tensors, max_shard_bytes=max_shard_bytes, extra_files=extra_files)
-        except UserError as error:
-            failure = str(error)
-    for _ in tensors:  # gathering takes all ranks: those that do not write, or cannot, take part to the end
-        pass
-    if distributed:
-        box = [failure]
-        dist.broadcast_object_list(box, src=0)
-        failure = box[0]
-    if failure is not None:
-        raise UserError(failure)
+    specs.sort(key=lambda spec: -spec[2].itemsize)
+    parameters, ranks = dict(model.named_parameters()), _ranks()
+    order = writing_order(specs, max_shard_bytes, ranks.n)
+    tensors = (sharding.whole(parameters[name], kind) for _, _, (name, _, kind) in order)
+    sizes = {"max_shard_bytes": max_shard_bytes, "extra_files": extra_files}
+    write_folder(folder, model.config, specs, tensors, ranks=ranks, **sizes)
 
 
-def write_folder(
-    folder: str | Path,
-    config: LlamaConfig,
-    specs: Sequence[Spec],
-    tensors: Iterable[Tensor],
-    *,
-    max_shard_bytes: int = 5 << 30,
-    extra_files: Mapping[str, Path] | Iterable[Path] = (),
-) -> None:
-    """Write a model folder from a stream of tensors, as `save_weights` does.
+def _ranks() -> Ranks:
+    if not dist.is_available() or not dist.is_initialized():
+        return Ranks()
 
-    Args:
-        specs: all tensors, widest dtype first.
-        tensors: in the order of `specs`; each is written before the next is asked for.
-    """
-    folder = Path(folder).absolute()
-    extra = dict(extra_files) if isinstance(extra_files, Mapping) else {file.name: file for file in extra_files}
-    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
-    try:
-        if old.exists() and not folder.exists():
-            old.rename(folder)  # a replacement was interrupted between its two renames
-        _refuse_foreign(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write_shards(temporary, specs, iter(tensors), max_shard_bytes)
-        kinds = {str(dtype).removeprefix("torch.") for *_, dtype in specs}
-        hf = {**config.to_hf(), "torch_dtype": kinds.pop() if len(kinds) == 1 else "float32"}
-        _write_json(temporary / "config.json", hf)
-        for name, file in extra.items():
-            with open(file, "rb") as source, _synced(temporary / name) as target:
-                shutil.copyfileobj(source, target)
-        sync_folder(temporary)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        about = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"cannot write model folder {folder}: {error.strerror or error}{about}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    def gather(value: Any) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
 
-
-def _refuse_foreign(folder: Path) -> None:
-    """What may be replaced is nothing, an empty folder, or a model: files only, and a config.json among them."""
-    if not folder.exists():
-        return
-    if not folder.is_dir() or folder.is_symlink():
-        raise UserError(f"cannot write model folder {folder}: it exists and is no folder; choose another")
-    content = list(folder.iterdir())
-    if content and (not (folder / "config.json").is_file() or any(entry.is_dir() for entry in content)):
-        raise UserError(f"cannot write model folder {folder}: it holds other things than a model; choose another")
-
-
-def _write_shards(folder: Path, specs: Sequence[Spec], tensors: Iterator[Tensor], max_shard_bytes: int) -> None:
-    shards: list[list[Spec]] = [[]]
-    shard_bytes = total_bytes = 0
-    for spec in specs:
-        size = math.prod(spec[1]) * spec[2].itemsize
-        if shards[-1] and shard_bytes + size > max_shard_bytes:
-            shards.append([])
-            shard_bytes = 0
-        shards[-1].append(spec)
-        shard_bytes += size
-        total_bytes += size
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        name = SINGLE_FILE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / name, shard, tensors)
-        weight_map.update({spec[0]: name for spec in shard})
-    if len(shards) > 1:
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-
-
-def _write_safetensors(file: Path, specs: Sequence[Spec], tensors: Iterator[Tensor]) -> None:
-    """One safetensors file: length of the header (u64), header (JSON, padded to 8 bytes), the tensors' bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape, dtype in specs:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with _synced(file) as opened:
-        opened.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, shape, dtype in specs:
-            tensor = next(tensors)
-            assert tensor.shape == shape and tensor.dtype == dtype, name
-            opened.write(_bytes(tensor))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _write_json(file: Path, value: Any) -> None:
-    with _synced(file) as opened:
-        opened.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
-
-
-@contextmanager
-def _synced(file: Path) -> Iterator[Any]:
-    """A new binary file that is on the disk when the block ends."""
-    with open(file, "xb") as opened:
-        yield opened
-        opened.flush()
-        os.fsync(opened.fileno())
+    return Ranks(dist.get_rank(), dist.get_world_size(), gather)

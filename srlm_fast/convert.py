@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srlm_fast.checkpoint import write_folder
 from srlm_fast.errors import UserError
 from srlm_fast.model import NAMED_CONFIGS, Llama, LlamaConfig
+from srlm_fast.model_files import write_folder
 from srlm_fast.progress import progress
 from srlm_fast.tokenizer import check_vocab, load_tokenizer
 
@@ -67,7 +67,7 @@ def convert(
 
     Args:
         source: a folder with params.json and consolidated.00.pth, ..., or a llama2.c .bin file (version 0 or 1, fp32).
-        target: see `checkpoint.write_folder`.
+        target: see `model_files.write_folder`.
         tokenizer: file or folder to copy the tokenizer from; None: the tokenizer.model in the source's folder or, as
             Meta's download lays it, in the one above, if there.
         dtype: of the tensors written; None keeps the source's.

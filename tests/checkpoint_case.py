@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 tests/checkpoint_case.py FOLDER OUT
 """
 
+import resource
 import sys
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def main(folder: Path, out: Path) -> None:
         checkpoint.save_weights(model, out / "file" / "m")
     except UserError as error:
         (out / f"refused-{world.rank}").write_text(str(error))
+    if world.rank == 1:  # which has the second of the files
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, resource.RLIM_INFINITY))
+    try:
+        checkpoint.save_weights(model, out / "same", max_shard_bytes=40_000)
+    except UserError as error:
+        (out / f"full-{world.rank}").write_text(str(error))
     world.exit(0)
 
 

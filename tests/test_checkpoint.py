@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_model import CASES, SMALL, packed_logits
 
-from srlm_fast.checkpoint import load_model, load_weights, read_config, save_weights, weights_id, write_folder
+from srlm_fast.checkpoint import load_model, load_weights, read_config, save_weights, weights_id
 from srlm_fast.errors import UserError
 from srlm_fast.model import Llama, LlamaConfig
+from srlm_fast.model_files import write_folder
 
 IDS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 SHARDED = 60_000
@@ -340,6 +341,27 @@ def test_writing_holds_two_tensors_at_most(tmp_path):
     assert all((tensor == int(name[1:])).all() for file in files for name, tensor in load_file(file).items())
 
 
+def test_files_that_read_back_wrong_are_refused(tmp_path, folder, monkeypatch):
+    """A disk that keeps another byte than it was given."""
+    expected, sync = weights_id(folder), os.fsync
+
+    def broken_sync(descriptor):
+        sync(descriptor)
+        if "model-00002-of" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            os.pwrite(descriptor, b"?", 5000)
+
+    monkeypatch.setattr("srlm_fast.model_files.os.fsync", broken_sync)
+    with pytest.raises(UserError, match="model-00002-of-.*safetensors: reads back other bytes than were written"):
+        save_weights(make_model(), folder, max_shard_bytes=SHARDED)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"] and weights_id(folder) == expected
+
+
+def test_digests_are_those_of_sha256sum(sharded):
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=sharded, check=True, capture_output=True)
+    listed = {line.split("  ")[1] for line in (sharded / "SHA256SUMS").read_text().splitlines()}
+    assert listed == {file.name for file in sharded.iterdir()} - {"SHA256SUMS"}
+
+
 def test_an_exception_on_the_way_leaves_nothing_behind(tmp_path, folder):
     expected = weights_id(folder)
     with pytest.raises(UserError, match="cannot write model folder .*No such file.*absent"):
@@ -357,7 +379,12 @@ def test_a_model_is_replaced_as_a_whole(tmp_path, folder, sharded, spm_folder):
     (tmp_path / ".target.tmp").mkdir()
     (tmp_path / ".target.tmp/half").write_text("left by a killed process")
     save_weights(make_model("tied"), target, extra_files=files)
-    assert sorted(entry.name for entry in target.iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert sorted(entry.name for entry in target.iterdir()) == [
+        "SHA256SUMS",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
     assert load_tokenizer(target).vocab_size == 600
     assert_same_weights(load_model(target), make_model("tied"))
     assert not list(tmp_path.glob(".*"))
@@ -404,3 +431,6 @@ def test_two_ranks_load_and_save_the_same_bytes(tmp_path, case):
         assert {file.name: file.read_bytes() for file in (tmp_path / "out" / name).iterdir()} == expected
     refusals = [(tmp_path / f"out/refused-{rank}").read_text() for rank in (0, 1)]
     assert refusals[0] == refusals[1] and "cannot write model folder" in refusals[0]
+    refusals = [(tmp_path / f"out/full-{rank}").read_text() for rank in (0, 1)]
+    assert refusals[0] == refusals[1] == f"cannot write model folder {tmp_path / 'out/same'}: File too large"
+    assert not list((tmp_path / "out").glob(".*"))

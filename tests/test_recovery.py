@@ -11,6 +11,7 @@ import pytest
 import recovery_case
 import torch
 from nodes import torchrun
+from test_model import packed_logits
 from training_case import build, full_weights
 
 from srlm_fast.checkpoint import load_model
@@ -61,6 +62,15 @@ def test_saved_by_two_ranks_loaded_by_four_three_and_one(folder):
         assert all(torch.equal(found["weights"][name], whole[name]) for name in whole)
         assert_same(found, read(folder, "load-1"))
         assert any(value.abs().max() > 0 for value in found["moments"].values())
+    exported = [{file.name: file.read_bytes() for file in (folder / f"export-{n}").iterdir()} for n in (1, 3, 4)]
+    assert exported[0] == exported[1] == exported[2] and len(exported[0]) > 4
+    from transformers import LlamaForCausalLM
+
+    theirs = LlamaForCausalLM.from_pretrained(folder / "export-4").eval()
+    ids = list(range(2, 12))
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(packed_logits(load_model(folder / "at-stop"), [ids])[0], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
