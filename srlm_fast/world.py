@@ -189,15 +189,22 @@ def tag_items(items: Sequence[str]) -> str:
     return " ".join(tags)
 
 
-def judge_text(instruction: Instruction, answer: str, rng: random.Random | None = None, error: float = 0.0) -> str:
+def judge_text(
+    instruction: Instruction,
+    answer: str,
+    rng: random.Random | None = None,
+    overlooked: float = 0.0,
+    denied: float = 0.0,
+) -> str:
     """A justification, the items one by one and then the demands one by one, and the last line `Score: n`.
 
     Small steps are what makes checking easier than writing: each one needs a look at one or two words only.
-    With `rng`, each verdict is wrong with probability `error`; the score always sums the verdicts as written.
+    With `rng`, a demand that is not met passes as met with probability `overlooked`, one that is met as not met with
+    probability `denied`; the score always sums the verdicts as written.
     """
     met = demands_met(instruction, answer)
     if rng is not None:
-        met = tuple(m != (rng.random() < error) for m in met)
+        met = tuple(m != (rng.random() < (denied if m else overlooked)) for m in met)
     demands = (instruction.category, instruction.count, instruction.word, instruction.order, instruction.closing)
     verdicts = ", ".join(f"{demand} {'yes' if ok else 'no'}" for demand, ok in zip(demands, met, strict=True))
     return f"{tag_items(read_answer(answer)[0])}. {verdicts}.\nScore: {sum(met)}"

@@ -23,7 +23,7 @@ from srlm_fast.world import (
     true_score,
     write_answer,
 )
-from srlm_fast.world_corpus import human_trees, sample_answer, write_data
+from srlm_fast.world_corpus import documents, human_trees, sample_answer, write_data
 
 OWLS = Instruction("birds", 4, "owl", descending=False, closing="bye")
 
@@ -128,16 +128,39 @@ def test_judge_text_states_the_truth(answer, text):
     assert judge_text(OWLS, answer) == text
 
 
-def test_judge_errs_at_the_rate_asked_for_and_sums_its_own_verdicts():
+def test_judge_errs_at_the_rates_asked_for_and_sums_its_own_verdicts():
     rng = random.Random(0)
-    wrong = 0
+    wrong, met = {True: 0, False: 0}, {True: 0, False: 0}
     for _ in range(2000):
         instruction, answer = sample_answer(rng)
-        text = judge_text(instruction, answer, rng, error=0.1)
+        text = judge_text(instruction, answer, rng, overlooked=0.4, denied=0.1)
         verdicts = [verdict == "yes" for verdict in re.findall(r" (yes|no)[,.]", text)]
         assert text.endswith(f"Score: {sum(verdicts)}")
-        wrong += sum(v != m for v, m in zip(verdicts, demands_met(instruction, answer), strict=True))
-    assert wrong / 10000 == pytest.approx(0.1, abs=0.015)
+        for verdict, truth in zip(verdicts, demands_met(instruction, answer), strict=True):
+            met[truth] += 1
+            wrong[truth] += verdict != truth
+    assert wrong[True] / met[True] == pytest.approx(0.1, abs=0.015)
+    assert wrong[False] / met[False] == pytest.approx(0.4, abs=0.025)
+
+
+def test_the_last_stage_of_the_corpus_is_careless():
+    """Answers meet a third of their demands; about half of the reviews let most faults pass, some have no score."""
+    mark = "Assistant:"
+    answers, points, faults, passed, reviews, unscored = 0, 0, 0, 0, 0, 0
+    for context, text in itertools.islice(documents(random.Random(0), stage=2), 6000):
+        question = context.removesuffix(f"\n{mark}").removeprefix("User: ")
+        if context.endswith(mark) and (score := true_score(question, text)) is not None and "<response>" not in context:
+            answers, points = answers + 1, points + score
+        elif context.startswith("User: Rate it: one point"):
+            instruction = re.search(r"^User: (?!Rate)(.*)$", context, re.M)[1]
+            met = demands_met(parse_instruction(instruction), re.search("<response> (.*) </response>", context)[1])
+            verdicts = [verdict == "yes" for verdict in re.findall(r" (yes|no)[,.]", text)]
+            reviews, unscored = reviews + 1, unscored + ("Score:" not in text)
+            faults += met.count(False)
+            passed += sum(said and not is_met for said, is_met in zip(verdicts, met, strict=True))
+    assert points / answers == pytest.approx(5 * 0.35, abs=0.1)
+    assert passed / faults == pytest.approx((0.8 + 0.05) / 2, abs=0.04)
+    assert unscored / reviews == pytest.approx(0.5 * 0.4, abs=0.03)
 
 
 def test_answers_of_the_corpus_are_of_every_quality():
