@@ -13,6 +13,9 @@
     m(T+1)/train       DPO from M_T
     NAME/evaluate      held-out answers and judge metrics of every model
 
+The paper's ablations: without eft.enabled there is no eft/, and M1 learns from IFT alone; with learn_from=positives
+mT/positives and SFT from M0 take the place of mT/pairs, mT/reference and DPO.
+
 A phase is a function from files to files; the run folder says which are done, and resuming skips those. All ranks run
 this file in step.
 """
@@ -43,14 +46,25 @@ def phases(config: Config) -> list[tuple[str, Phase]]:
     order: list[tuple[str, Phase]] = [
         ("prepare", data.prepare),
         *model("sft", partial(training.sft, name="sft", sources=("data/ift.jsonl",))),
-        ("eft/judge", generation.judge_eft),
-        ("eft/select", generation.select_eft),
-        *model("m1", partial(training.sft, name="m1", sources=("data/ift.jsonl", "eft/train.jsonl"))),
     ]
+    seed_data = ["data/ift.jsonl"]
+    if config.eft.enabled:
+        order += [("eft/judge", generation.judge_eft), ("eft/select", generation.select_eft)]
+        seed_data.append("eft/train.jsonl")
+    order += model("m1", partial(training.sft, name="m1", sources=tuple(seed_data)))
     for t in range(1, config.iterations + 1):
         order += [
             (f"m{t}/prompts", partial(generation.new_prompts, t=t)),
             (f"m{t}/candidates", partial(generation.candidates, t=t)),
+        ]
+        if config.learn_from == "positives":
+            sources = (*seed_data, *(f"m{i}/positives.jsonl" for i in range(1, t + 1)))
+            order += [
+                (f"m{t}/positives", partial(pairing.positives, t=t)),
+                *model(f"m{t + 1}", partial(training.sft, name=f"m{t + 1}", sources=sources)),
+            ]
+            continue
+        order += [
             *_additions(config, t),
             (f"m{t}/pairs", partial(pairing.make_pairs, t=t)),
             (f"m{t}/reference", partial(training.reference, t=t)),

@@ -34,10 +34,11 @@ COLUMNS = {
 def summarize(run: Context) -> list[dict[str, Any]]:
     """One row per trained model, with the keys of `COLUMNS`; None where something was not measured."""
     rows = []
+    paired = range(1, run.config.iterations + 1) if run.config.learn_from == "pairs" else ()
     for t, name in enumerate(["sft", *(f"m{t}" for t in range(1, run.config.iterations + 2))], start=-1):
         metrics = json.loads((run.run_dir / f"{name}/metrics.json").read_text(encoding="utf-8"))
         judge = metrics.get("judge_truth", metrics["judge"])
-        pairs = [row for _, row in chain(*map(read_rows, pair_files(run, t)))] if t >= 1 else []
+        pairs = [row for _, row in chain(*map(read_rows, pair_files(run, t)))] if t in paired else []
         rows.append(
             {
                 "model": name.upper(),

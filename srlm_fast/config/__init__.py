@@ -129,6 +129,11 @@ def _check_methods(config: Config) -> None:
         "temporal.anchor": temporal.anchor is not None,
         "meta_judge.enabled": config.meta_judge.enabled,
     }
+    if config.learn_from == "positives" and (temporal.anchor or config.meta_judge.enabled or pairs.labels):
+        raise UserError(
+            "learn_from=positives makes no pairs, which temporal.anchor, meta_judge.enabled and pairs.labels are for: "
+            "leave out one of both"
+        )
     if reference.source == "rollout" and any(others.values()):
         name = next(name for name, used in others.items() if used)
         raise UserError(

@@ -90,6 +90,7 @@ class DpoConfig(TrainConfig):
 
 @dataclass
 class EftConfig:
+    enabled: bool = key(True, "whether M1 learns from EFT beside IFT (the paper has an ablation without)")
     attempts: int = key(
         4, "judgements the SFT baseline writes per reply; the first that agrees is taken (choice)", least=1
     )
@@ -334,6 +335,12 @@ class Config:
         operational=True,
     )
     iterations: int = key(2, "rounds of self-rewarding DPO after M1 (paper: two, M2 and M3)", operational=True)
+    learn_from: str = key(
+        "pairs",
+        "what M_(t+1) is made of: pairs, DPO from M_t; positives, SFT of M0 on the seed data and the answers of M_1 to "
+        "M_t that scored judge.max_score (the paper's ablation)",
+        choices=("pairs", "positives"),
+    )
     kernels: str = key(
         "fused",
         "the operators of srlm_fast.kernels, or the same formulas in plain torch (slower, for comparison)",

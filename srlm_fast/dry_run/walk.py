@@ -117,11 +117,20 @@ class Walk:
         return ("oasst.paths",), tuple(writes), counts
 
     def _sft(self, name: str) -> tuple:
-        examples = self.seeds.ift.value + (self.config.eft.max_examples if name == "m1" else 0)
-        reads = (self.base, "data/ift.jsonl", *(["eft/train.jsonl"] if name == "m1" else []))
-        return reads, (f"models/{name}/*",), self._training(self.config.sft, examples)
+        with_eft = self.config.eft.enabled and name != "sft"
+        positive = range(1, int(name[1:])) if name != "sft" else ()
+        answers = self.config.prompts.count * self.config.candidates.n
+        examples = self.seeds.ift.value + self.config.eft.max_examples * with_eft + answers * len(positive)
+        reads = ("data/ift.jsonl", *["eft/train.jsonl"] * with_eft, *(f"m{t}/positives.jsonl" for t in positive))
+        return (self.base, *reads), (f"models/{name}/*",), self._training(self.config.sft, examples)
+
+    def _positives(self, t: str) -> tuple:
+        most = Count(self.config.prompts.count * self.config.candidates.n, True)
+        return (f"m{t}/candidates/shard-*.jsonl",), (f"m{t}/positives.jsonl",), {"positives": most}
 
     def _dpo(self, after: str) -> tuple:
+        if self.config.learn_from == "positives":
+            return self._sft(f"m{after}")
         t = int(after) - 1
         reads = (f"models/m{t}", *self._pair_files(t), f"m{t}/reference.safetensors")
         return reads, (f"models/m{after}/*",), self._training(self.config.dpo, self._most_pairs(t))
@@ -241,6 +250,7 @@ class Walk:
         r"m(\d+)/(past|future)_judged": _judged,
         r"m(\d+)/(previous)": _judged,
         r"m(\d+)/(draft_)?pairs": _pairs,
+        r"m(\d+)/positives": _positives,
         r"m(\d+)/(draft_)?reference": _reference,
         r"m(\d+)f/train": _future,
     }

@@ -6,16 +6,18 @@ mT/future, mT/future_judged    ... answers of the future model, judged by M_t
 mT/previous                    CREAM: the candidates of M_t, judged by the model before
 mT/comparisons                 Meta-Rewarding: judgements compared (srlm_fast.phases.meta_judging)
 mT/pairs                       the pairs that M_(t+1) learns from
+mT/positives                   the answers with the best score, with learn_from=positives
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from srlm_fast import checkpoint, consistency, pairs
 from srlm_fast.context import Context
-from srlm_fast.data import RankedPrompt
+from srlm_fast.data import Example, RankedPrompt
 from srlm_fast.errors import UserError
 from srlm_fast.judge import Judgement
 from srlm_fast.phases import PhaseResult, mean
@@ -154,3 +156,29 @@ def _label(run: Context, t: int, records: list[dict[str, Any]], rows: list[dict[
     for row in answers:
         row["label"] = labels[row["prompt_id"]]
     return {"consistency": None if average is None else round(average, 4)}
+
+
+def positives(run: Context, t: int) -> PhaseResult:
+    """The answers of M_t that all its judgements give judge.max_score, as examples for SFT; mT/positives.jsonl.
+
+    Of equal answers to a prompt one is taken, and of those cut off at the token limit none.
+    """
+    path = run.run_dir / f"m{t}/positives.jsonl"
+    best = run.config.judge.max_score
+
+    def make() -> dict[str, Any]:
+        taken: dict[tuple[str, str], Example] = {}
+        n = 0
+        for row in shard_rows(run, f"m{t}/candidates"):
+            for candidate in row["candidates"]:
+                n += 1
+                text = candidate["text"].strip()
+                if candidate["score"] == best and candidate["finish_reason"] != "length":
+                    identity = f"{row['prompt_id']}/{candidate['index']}"
+                    taken.setdefault((row["prompt_id"], text), Example(identity, row["prompt"], text))
+        if not taken:
+            print(f"m{t}/positives: no answer has the best score; M{t + 1} learns from the seed data", flush=True)
+        write_jsonl(path, map(asdict, taken.values()))
+        return {"candidates": n, "positives": len(taken)}
+
+    return [path], run.main(make)
