@@ -59,7 +59,8 @@ def make_pairs(
     Returns:
         Rows that TRL reads ("prompt", "chosen", "rejected"; chat messages where the prompt is) and, beside them,
         "format", "kind", "id", "prompt_id", "weights_id", "pair_seed", "prompt_ids", "chosen_ids", "rejected_ids",
-        "chosen_score", "rejected_score", "chosen_index", "rejected_index" and "candidates" as they came.
+        "chosen_score", "rejected_score", "chosen_index", "rejected_index" and "candidates" as they came; in a prompt's
+        second, third, ... row only the two of the pair.
     """
     if ties not in _TIES:
         raise UserError(f'pairs.ties is "{ties}"; it must be one of {", ".join(_TIES)}')
@@ -139,5 +140,5 @@ def _row(
         "rejected_ids": rejected["token_ids"],
         "weights_id": weights_id,
         "pair_seed": seed,
-        "candidates": record["candidates"],
+        "candidates": [chosen, rejected] if number else record["candidates"],
     }

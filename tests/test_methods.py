@@ -13,14 +13,17 @@ from test_iterate import ENVIRONMENT, SMALL, command, run, weights
 from srlm_fast.config import load_config
 from srlm_fast.context import Context
 from srlm_fast.dry_run import Seeds, walk
+from srlm_fast.engine.base import Completion
 from srlm_fast.errors import UserError
 from srlm_fast.iterate import iterate, phases
 from srlm_fast.model import LlamaConfig
 from srlm_fast.packing import Item
 from srlm_fast.parallel import World
+from srlm_fast.phases import meta_judging
 from srlm_fast.phases.training import pair_items
 from srlm_fast.plan import Machine, Plan
 from srlm_fast.reference import ReferenceCache
+from srlm_fast.rundir import write_jsonl
 from srlm_fast.summary import print_summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +79,64 @@ def test_meta_rewarding(tmp_path):
         for row in rows(tmp_path, str(file.relative_to(tmp_path))):
             orders = [(c["first"], c["second"]) for c in row["comparisons"]]
             assert len(set(orders)) == len(orders) and {(b, a) for a, b in orders} == set(orders)
+
+
+class Reviewer:
+    """An engine that prefers, in so many words, the judgement with the higher score, and says nothing of equal ones."""
+
+    def __init__(self, chat) -> None:
+        self.chat, self.asked = chat, []
+
+    def stream(self, requests):
+        self.asked += requests
+        for request in requests:
+            text = self.chat.decode(request.prompt_ids)
+            first, second = (int(score) for score in re.findall(r"Score: (\d)", text)[-2:])
+            said = "They agree." if first == second else f"The higher.\nWinner: {1 if first > second else 2}"
+            ids = self.chat.encode_response(said)
+            yield Completion(request, 0, ids, [0.0] * len(ids), "stop")
+
+
+def test_explained_comparisons_from_files_to_pairs(tmp_path, monkeypatch):
+    """The candidates' file in, comparisons and pairs of judgements out; only too long a chosen judgement stops one."""
+    keys = ["meta_judge.enabled=true", "meta_judge.max_new_tokens=30", "judge.n=3", "evaluate.prompts=none"]
+    (tmp_path / "meta.txt").write_text("{instruction} {response} 1: {first} 2: {second}")
+    keys += [f"meta_judge.template={tmp_path}/meta.txt", f"run_dir={tmp_path}/run", "evaluate.truth=none"]
+    done = Context(load_config(ROOT / "configs/tiny.yaml", keys), World())
+    scores = {"m1-0": [(5, 5, 5), (2, 4, 3)], "m1-1": [(3, 3, 3), (1, 1, 1)], "m1-2": [(4, 0, None), (2, 3, 3)]}
+    records = [
+        {
+            "prompt_id": key,
+            "prompt": "List 3 birds.",
+            "candidates": [
+                {"index": i, "text": "owl", "judgements": [judgement(k, score) for k, score in enumerate(of_answer)]}
+                for i, of_answer in enumerate(of_prompt)
+            ],
+        }
+        for key, of_prompt in scores.items()
+    ]
+    write_jsonl(tmp_path / "run/m1/candidates/shard-00000.jsonl", records)
+    engine = Reviewer(done.chat)
+    monkeypatch.setattr(done, "engine", lambda weights: engine)
+    files, found = meta_judging.compare(done, 1)
+    assert len(engine.asked) == found["comparisons"] == 6 + 2 and found["undecided"] == 0 and found["first_wins"] == 0.5
+    assert len({request.seed for request in engine.asked}) == 8
+    assert [row["index"] for file in files for row in rows(tmp_path, str(file.relative_to(tmp_path)))] == [1, 0]
+    pairs, counted = meta_judging.judge_pairs(done, 1, "w", 10)
+    assert [(p["id"], p["chosen_index"], p["rejected_index"]) for p in pairs] == [
+        ("m1-0/1/judge", 1, 0),
+        ("m1-2/0/judge", 0, 1),
+    ]
+    assert counted["judge_pairs"] == 2 and counted["first_place_weight"] == 0.5
+    done.config.meta_judge.max_share = 0.1
+    assert meta_judging.judge_pairs(done, 1, "w", 10)[1]["judge_left_out"] == 1
+    done.config.meta_judge.max_share, done.config.meta_judge.max_chosen_tokens = 1.0, 3
+    assert meta_judging.judge_pairs(done, 1, "w", 10)[1]["judge_long"] == 2
+
+
+def judgement(number: int, score: int | None) -> dict:
+    text = f"owl {'yes' if number else 'no'}. Score: {score}" if score is not None else "owl"
+    return {"text": text, "score": score, "expected": None, "seed": 0, "finish_reason": "stop"}
 
 
 @pytest.mark.slow

@@ -71,6 +71,9 @@ def test_ids_of_several_pairs_differ():
     }
     rows, _ = make_pairs([record], weights_id="w", select="all")
     assert [row["id"] for row in rows] == ["p", "p/1", "p/2"] and {row["prompt_id"] for row in rows} == {"p"}
+    assert [len(row["candidates"]) for row in rows] == [3, 2, 2], "all candidates are kept once"
+    for row in rows:
+        assert {row["chosen_index"], row["rejected_index"]} <= {c["index"] for c in row["candidates"]}
 
 
 @pytest.mark.parametrize("select", ["max_min", "max_random", "max_median", "top_bottom", "all"])

@@ -41,6 +41,7 @@ __all__ = [
     "describe",
     "input_paths",
     "load_config",
+    "longest_response",
     "lookup",
     "results_keys",
     "to_dict",
@@ -72,11 +73,8 @@ def _check_together(config: Config) -> None:
     if config.reference.source == "file" and not config.reference.cache:
         raise UserError("reference.source=file needs reference.cache, the folder that holds them")
     _check_methods(config)
-    longest_response, by = max(
-        (lookup(config, name), name)
-        for name in ("candidates.max_new_tokens", *["judge.max_new_tokens"] * config.meta_judge.enabled)
-    )
-    longest_pair = config.model.max_seq_len + longest_response
+    longest, by = longest_response(config)
+    longest_pair = config.model.max_seq_len + longest
     for name, budget, needed, what in (
         ("sft", config.sft.tokens_per_microbatch, config.model.max_seq_len, "example (model.max_seq_len)"),
         (
@@ -91,6 +89,12 @@ def _check_together(config: Config) -> None:
                 f"{name}.tokens_per_microbatch={budget} is smaller than the longest {what} of {needed} tokens; "
                 f"raise it to {needed} or shorten these"
             )
+
+
+def longest_response(config: Config) -> tuple[int, str]:
+    """Most tokens of a response that pairs have, and the key that says so."""
+    names = ["candidates.max_new_tokens"] + ["judge.max_new_tokens"] * config.meta_judge.enabled
+    return max((lookup(config, name), name) for name in names)
 
 
 def _check_methods(config: Config) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from srlm_fast import checkpoint, checks
+from srlm_fast import checkpoint, checks, meta_judge
 from srlm_fast.chat import ChatFormat, chat_format
 from srlm_fast.config import Config
 from srlm_fast.data import prompts
@@ -61,6 +61,7 @@ def dry_run(config: Config, gpus: str | None = None) -> Iterator[str]:
     checks.generator(config, shape, tokenizer)
     prompts.load_template(config.prompts.shots_template)
     load_template(config.judge.template)
+    meta_judge.load_template(config.meta_judge.template)
     if tokenizer is None:
         lacking.append(f"no tokenizer in {config.model.path}: name it by model.tokenizer")
     else:

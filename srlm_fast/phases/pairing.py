@@ -94,6 +94,12 @@ def make_pairs(run: Context, t: int, draft: bool = False) -> PhaseResult:
         shown: dict[str, Any] = {**counts, **_origins(run, rows)}
         if run.config.meta_judge.enabled and t <= run.config.meta_judge.iterations and not draft:
             judged, found = judge_pairs(run, t, weights_id, len(rows))
+            if not judged:
+                print(
+                    f"m{t}/pairs: no pair of judgements was made ({found}); if most comparisons are undecided "
+                    f"(m{t}/comparisons) the model cannot keep to their format: meta_judge.mode=direct",
+                    flush=True,
+                )
             rows, shown = [*rows, *judged], {**shown, **found}
         shown |= _label(run, t, records, rows)
         write_jsonl(path, rows)

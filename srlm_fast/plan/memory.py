@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from srlm_fast.config import Config, lookup
+from srlm_fast.config import Config, longest_response, lookup
 from srlm_fast.errors import UserError
 from srlm_fast.kernels.linear_softmax import CHUNK_BYTES
 from srlm_fast.kernels.linear_softmax import plan as head_plan
@@ -100,8 +100,8 @@ class Plan:
 
     def longest(self, section: str) -> int:
         """Most tokens of an item."""
-        answer = self.config.candidates.max_new_tokens if section == "dpo" else 0
-        return self.config.model.max_seq_len + answer
+        response = longest_response(self.config)[0] if section == "dpo" else 0
+        return self.config.model.max_seq_len + response
 
     def microbatch(self, section: str) -> tuple[int, int]:
         """Tokens of the largest micro-batch, and micro-batches of a step, when all items are as long as allowed."""
@@ -138,7 +138,7 @@ class Plan:
         tokens, _ = self.microbatch(section)
         policy, shape = self.config.parallel.checkpointing, self.shape
         longest, responses = self.longest(section), 2 if section == "dpo" else 1
-        answer = min(self.config.candidates.max_new_tokens, longest // 2)
+        answer = min(longest_response(self.config)[0], longest // 2)
         keys = 1 + responses * (longest - responses * answer) / longest  # every response has those of the prompt
         gradients = (3 * shape.intermediate_size + 2 * shape.hidden_size) * self.itemsize
         again = 0.0 if policy == "none" else self.kept_per_token("none", keys)
@@ -156,7 +156,7 @@ class Plan:
     def _targets(self) -> int:
         """Most predicted tokens of a micro-batch of pairs."""
         tokens, _ = self.microbatch("dpo")
-        return tokens // self.longest("dpo") * 2 * self.config.candidates.max_new_tokens
+        return tokens // self.longest("dpo") * 2 * longest_response(self.config)[0]
 
     def training(self, section: str) -> Parts:
         """Bytes of a GPU that trains by the keys of `section`, at the fullest moment of a step.
