@@ -14,6 +14,7 @@ Nothing here knows of iterations, judges or engines; any list of `Item` can be t
 | `evaluation` | held-out items during training, early stopping |
 | `optimization` | the objective of a configuration, learning rates, AdamW |
 | `eight_bit` | AdamW with moments in 8 bits |
+| `offload` | moments in host memory while something else needs the GPU |
 | `references` | reference log-probabilities in memory |
 | `checkpoints` | training checkpoints |
 | `machine` | FLOPs, their share of the peak, memory |
@@ -21,6 +22,7 @@ Nothing here knows of iterations, judges or engines; any list of `Item` can be t
 
 from srlm_fast.trainer.evaluation import AgainstPrevious, Evaluation, below, worse_than_before
 from srlm_fast.trainer.fit import Trainer
+from srlm_fast.trainer.offload import offload_state, offloaded, reload_state
 from srlm_fast.trainer.optimization import check_moments, learning_rate, make_optimizer, training_objective
 from srlm_fast.trainer.references import reference_cache
 
@@ -32,7 +34,10 @@ __all__ = [
     "check_moments",
     "learning_rate",
     "make_optimizer",
+    "offload_state",
+    "offloaded",
     "reference_cache",
+    "reload_state",
     "training_objective",
     "worse_than_before",
 ]

@@ -30,6 +30,8 @@ class Evaluation:
     """Optimizer steps between evaluations; there is one more at the end."""
     measure: Callable[[int], dict[str, float]] | None = None
     """Called on all ranks with the number of steps done; what it gives is added, with `eval_` before the name."""
+    offload: bool = False
+    """Whether the optimizer's moments are in host memory while `measure` runs: for an engine that generates in it."""
     report: Callable[[dict[str, float]], None] = lambda metrics: None
     """Called on every rank with the metrics of an evaluation."""
     stop_when: Callable[[History], bool] | None = None

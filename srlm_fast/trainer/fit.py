@@ -26,6 +26,7 @@ from srlm_fast.trainer.checkpoints import Checkpoints, identity
 from srlm_fast.trainer.evaluation import Evaluation
 from srlm_fast.trainer.examples import Examples
 from srlm_fast.trainer.machine import memory_gb, model_cost, peak_tflops
+from srlm_fast.trainer.offload import offloaded
 from srlm_fast.trainer.optimization import learning_rate, make_optimizer, set_rate, training_objective
 
 ON_NONFINITE = ("stop", "skip")
@@ -250,7 +251,8 @@ class Trainer:
         metrics = self._measure(self.held_out) if self.held_out else {}
         if self.evaluation.measure:
             self.model.eval()
-            metrics = {**metrics, **self.evaluation.measure(done)}
+            with offloaded(self.optimizer, self.evaluation.offload):
+                metrics = {**metrics, **self.evaluation.measure(done)}
             self.model.train()
             self.sharding.reshard()
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
