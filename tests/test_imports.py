@@ -57,6 +57,7 @@ ONLY_IN = {
     "deepspeed": "srlm_fast/parallel/deepspeed.py",
     "torchao": "srlm_fast/trainer/eight_bit.py",
     "flash_attn": "kernels/attention.py",
+    "matplotlib": "srlm_fast/study/figures.py",
     "transformers": "",
 }
 
