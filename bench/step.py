@@ -2,6 +2,7 @@
 
     python bench/step.py                                    # the small Llama; levers, and TRL where it is installed
     python bench/step.py --shape medium --pairs 32 --rounds 1
+    python bench/step.py --parallel | tee bench/results/parallel-cpu.md      # instead: FSDP2 on two processes
 
 DPO in fp32 on pairs of log-normal lengths (bench/step_case.py), in steps of 16 pairs. Every trainer has a process of
 its own, the processes alternate, and the table has medians. TRL runs with a precomputed reference, without gradient
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from measure import environment
 from step_case import SHAPES, llama_config, read_pairs, write
+from step_parallel import compare
 from step_trainers import LEVERS
 
 BATCH = 16
@@ -60,7 +62,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl", type=int, nargs="*", default=(1, 2, 4, 8), help="pairs per forward pass of TRL")
     parser.add_argument("--levers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--parallel", action="store_true", help="ours on two processes against one")
     arguments = parser.parse_args()
+    if arguments.parallel:
+        return compare(arguments, BATCH)
     peers = [f"trl/{n}" for n in arguments.trl] if find_spec("trl") else []
     names = ["ours", *peers, *(f"levers/{i}" for i in range(len(LEVERS)) if arguments.levers)]
     with tempfile.TemporaryDirectory() as temporary:

@@ -51,14 +51,12 @@ def test_the_end_of_the_first_agent_ends_all_ranks():
     ("way", "says"),
     [
         ("refuse", "error: rank 1 finds its file damaged; copy it again"),
-        ("refuse all", "error: model.path: nowhere does not exist"),
         ("unreadable", "error: unknown key 'sft.lrr'"),
-        ("kill", None),
         ("freeze", "error: nothing was heard of rank 1 for 5 s"),
     ],
 )
 def test_bad_input_is_one_line_for_all_ranks(way, says):
     (node,) = torchrun(CASE, way, "elsewhere")
     assert node.returncode
-    assert said(node) == ([says] if says else []), node.stderr
-    assert "exitcode  : -9" in node.stderr if way == "kill" else "exitcode  : 2" in node.stderr or way == "freeze"
+    assert said(node) == [says], node.stderr
+    assert "exitcode  : 2" in node.stderr or way == "freeze"
