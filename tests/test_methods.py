@@ -172,8 +172,8 @@ def test_temporal_self_rewarding(tmp_path):
     assert found["rejected_past"] == counts(tmp_path, "m1/draft_pairs")["rejected_past"]
     drafted = {pair["id"]: pair for pair in draft}
     for pair in final:
-        candidates = pair["candidates"]
-        scores = {by: [c["score"] for c in candidates if c.get("by") == by] for by in (None, "past", "future")}
+        scored = [c for c in pair["candidates"] if c["score"] is not None]
+        scores = {by: [c["score"] for c in scored if c.get("by") == by] for by in (None, "past", "future")}
         assert pair["chosen_score"] == max(scores[None] + scores["future"])
         assert pair["rejected_score"] == min(scores[None] + scores["past"])
         if pair["id"] in drafted:
