@@ -82,6 +82,9 @@ def test_a_job_is_requeued_until_it_is_done_and_ends_as_one_node_does(tmp_path, 
 
 
 def test_a_job_that_fails_is_not_requeued(tmp_path, environment):
+    """Whatever the start before it left."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/state").write_text("stopped\n")
     process = submit(environment, 0, *JOB, f"run_dir={tmp_path / 'run'}", "sft.lrr=1")
     assert process.wait(280) not in (0, None)
     stub = Path(environment["SLURM_STUB"])
