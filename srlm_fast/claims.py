@@ -25,6 +25,11 @@ class Run(Protocol):
         """Raise `Interrupted` when it is time to stop."""
 
 
+def shard_files(run: Run, name: str, n_rows: int, size: int) -> list[Path]:
+    """The files that `make_shards` makes of so many rows, in order."""
+    return [run.run_dir / f"{name}/shard-{i:05d}.jsonl" for i in range((n_rows + size - 1) // size)]
+
+
 def make_shards(
     run: Run,
     name: str,
@@ -47,7 +52,7 @@ def make_shards(
     Returns:
         All files, in order, when all ranks are done.
     """
-    files = [run.run_dir / f"{name}/shard-{i:05d}.jsonl" for i in range((len(rows) + size - 1) // size)]
+    files = shard_files(run, name, len(rows), size)
     todo = run.main(lambda: [i for i, file in enumerate(files) if not file.exists()])
     total = sum(len(rows[i * size : (i + 1) * size]) for i in todo) // run.world.n_groups  # of this group, about
     leads = run.world.leads_group  # its other ranks work along, and write nothing

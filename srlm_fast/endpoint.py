@@ -181,6 +181,8 @@ class EndpointWriter:
         UserError: as `Endpoint` does.
     """
 
+    speaker = None  # no model of the engine
+
     def __init__(self, config: JudgeConfig, *, temperature: float) -> None:
         self._endpoint, self._temperature = Endpoint(config), temperature
 

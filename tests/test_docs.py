@@ -9,9 +9,12 @@ from training_case import build
 
 from srlm_fast import pairs, summary
 from srlm_fast.config import Config, lookup, walk
+from srlm_fast.config.evaluate import TASKS, EvaluateRunConfig, EvaluationJudgeConfig
 from srlm_fast.data import Example, RankedPrompt, formats, oasst, prompts
 from srlm_fast.engine.base import Completion
 from srlm_fast.evaluate import Ranked, judge_metrics
+from srlm_fast.evaluation.mt_bench import mean_ratings
+from srlm_fast.head_to_head import Verdict, rates
 from srlm_fast.judge import Judgement
 from srlm_fast.losses import LOSSES
 from srlm_fast.losses.margins import margins
@@ -181,6 +184,24 @@ def test_formats_names_every_metric():
     assert summary.COLUMNS.keys() <= documented("summary.json")
 
 
+def test_formats_names_every_field_of_an_evaluation():
+    fields = rates([Verdict("a", "win")], bootstrap=1).keys() | Verdict.__dataclass_fields__.keys()
+    assert {name for name in fields if not name.endswith("_interval")} <= documented("Evaluations")
+    means = mean_ratings([{"question_id": 1, "turn": 1, "score": 2.0}], [{"question_id": 1, "category": "x"}])
+    assert means.keys() <= documented("Evaluations")
+
+
+def test_evaluation_names_its_keys_and_tasks():
+    text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    keys = {name for name, _, _ in walk(EvaluateRunConfig())}
+    own = {name for name in keys if not name.startswith(("judge.", "engine."))}
+    own |= {f"judge.{name}" for name in EvaluationJudgeConfig.__annotations__}
+    named = set(re.findall(r"`([\w.]+)`", text))
+    assert own <= named and set(TASKS) <= named
+    sections = {name.partition(".")[0] for name in keys if "." in name}
+    assert {name for name in named if re.fullmatch(rf"({'|'.join(sections)})\.(?!json)\w+", name)} <= keys
+
+
 def test_formats_gives_the_versions():
     text = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
     assert f"| `format_version` of `run.json` | {FORMAT_VERSION} |" in text
@@ -191,4 +212,4 @@ def test_formats_names_keys_that_exist():
     named = documented(*re.findall(r"^#+ (.+)$", (ROOT / "docs/formats.md").read_text(encoding="utf-8"), re.M))
     sections = {key.partition(".")[0] for key in KEYS if "." in key}
     keys = {name for name in named if re.fullmatch(rf"({'|'.join(sections)})\.(?!safetensors)\w+", name)}
-    assert len(keys) > 10 and keys <= KEYS
+    assert len(keys) > 10 and keys <= KEYS | {name for name, _, _ in walk(EvaluateRunConfig())}

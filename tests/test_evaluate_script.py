@@ -1,6 +1,7 @@
 """scripts/evaluate.py: answers, comparisons and AlpacaEval files of the tiny model and a worse one."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,14 @@ from test_endpoint import completion, serving
 
 from srlm_fast.chat import chat_format
 from srlm_fast.config import CandidatesConfig
+from srlm_fast.config.evaluate import EvaluateRunConfig
+from srlm_fast.config.tree import read
 from srlm_fast.engine import load_engine
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.evaluation.run import Evaluation
+from srlm_fast.evaluation.tasks import evaluate
 from srlm_fast.head_to_head import TEMPLATE
+from srlm_fast.parallel import World
 from srlm_fast.rollout import answer
 from srlm_fast.seeds import derive_seed
 from srlm_fast.tokenizer import load_tokenizer
@@ -227,10 +232,40 @@ def test_pairwise_prompt_asks_for_what_is_read():
     assert "[[A]]" in TEMPLATE and "[[B]]" in TEMPLATE and "[[tie]]" in TEMPLATE
 
 
-def test_the_command(tmp_path, held_out, answered):
-    command = [sys.executable, "scripts/evaluate.py", f"run_dir={tmp_path / 'run'}", "task=head_to_head"]
-    command += [f"model={answered[0]}", f"opponent={answered[1]}", "truth=world", "compare=truth"]
-    done = subprocess.run([*command, f"prompts={held_out}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "win_rate_interval: [" in done.stdout, done.stderr
-    done = subprocess.run([*command, "task=alpaca"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.distributed
+def test_the_command_with_two_processes(tmp_path, worse, held_out):
+    """Two processes share the shards and give what one gives, byte for byte."""
+    keys = {"model": TINY, "opponent": worse, "prompts": held_out, "compare": "scores", "judge__n": 1}
+    found = run(tmp_path / "one", "head_to_head", **keys)
+    config = tmp_path / "one/config.yaml"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["scripts/evaluate.py", "--config", config, f"run_dir={tmp_path / 'two'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("win_rate: ") == 1 and f"win_rate: {found['win_rate']}" in done.stdout
+    for name in ("verdicts.jsonl", "head_to_head.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_a_bad_word_is_one_line():
+    command = [sys.executable, "scripts/evaluate.py", "task=alpaca"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "task='alpaca': must be one of" in done.stderr
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/evaluation.md"])
+def test_the_example_of_the_documents(tmp_path, worse, monkeypatch, document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    (command,) = re.findall(r"^python scripts/evaluate.py --config (configs/evaluate_tiny.yaml .*)$", text, re.M)
+    config, *overrides = command.split()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "runs/tiny/models").mkdir(parents=True)
+    for name, model in (("m3", TINY), ("sft", worse)):
+        (tmp_path / f"runs/tiny/models/{name}").symlink_to(model)
+    found = evaluate(
+        read(EvaluateRunConfig(), config, [*overrides, f"prompts={prompts(tmp_path / 'few.jsonl')}"]), World()
+    )
+    assert (found["verdicts"], found["groups"]) == (48, 12) and (
+        tmp_path / "runs/evaluate_tiny/verdicts.jsonl"
+    ).exists()

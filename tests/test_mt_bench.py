@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from evaluation_case import TINY, lines, run
+from evaluation_case import TINY, configured, lines, run
 from test_endpoint import completion, serving
 
 from srlm_fast.chat import chat_format
@@ -71,7 +71,7 @@ def test_every_turn_is_asked_with_the_turns_before_it(answered, questions):
                 assert text == chat.decode(expected.token_ids)
                 messages.append({"role": "assistant", "content": text})
         same = row["choices"][0]["turns"] == row["choices"][1]["turns"]
-        assert same == (question["category"] != "writing")
+        assert same or question["category"] == "writing"
     assert counts["questions"] == len(PICKED) and counts["turns"] == 10 and counts["too_long"] == too_long
 
 
@@ -218,3 +218,12 @@ def test_bad_input(tmp_path, questions, task, content, says):
     keys = {"questions": file} if task == "mt_bench" else {"questions": questions, "model_answer": file}
     with pytest.raises(UserError, match=says):
         run(tmp_path / "run", task, model=TINY, **keys)
+
+
+def test_temperatures_of_categories(tmp_path, questions):
+    """One key changes one of them; a word is refused."""
+    keys = {"model": TINY, "questions": questions}
+    config = configured(tmp_path, "mt_bench", **keys, temperatures="{math: 0.5, law: 1}")
+    assert config.temperatures["math"] == 0.5 and config.temperatures["law"] == 1 and len(config.temperatures) == 9
+    with pytest.raises(UserError, match="temperatures.math='hot': must be a number"):
+        run(tmp_path / "run", "mt_bench", **keys, temperatures="{math: hot}")

@@ -66,7 +66,7 @@ class EvaluateRunConfig:
     reference_answer: str | None = key(
         None, "task=mt_bench_grade: reference answers in the same format, shown to the judge; none: none", path=True
     )
-    temperatures: dict = key(
+    temperatures: dict[str, float] = key(
         {
             **{"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0},
             **{"stem": 0.1, "humanities": 0.1},

@@ -9,7 +9,7 @@ from typing import Any
 from srlm_fast.config import CandidatesConfig
 from srlm_fast.data import as_messages, formats, read_rows
 from srlm_fast.errors import UserError
-from srlm_fast.evaluation.run import Evaluation, Speaker
+from srlm_fast.evaluation.run import Evaluation, Speaker, name_of
 from srlm_fast.rollout import answer_each
 from srlm_fast.rundir import write_json, write_jsonl
 from srlm_fast.seeds import derive_seed
@@ -58,7 +58,7 @@ def answer_rows(run: Evaluation, name: str, speaker: Speaker, prompts: Sequence[
         engine = run.engine(speaker)
         return answer_each(engine, speaker.chat, config, part, seed, speaker.max_seq_len, on_step=run.check_stop)
 
-    rows = run.shards(name, prompts, work)
+    rows = run.shards(name, prompts, work, speaker)
     if not any(row["candidates"] for row in rows):
         raise UserError(
             f"{name}: no prompt of {run.config.prompts} leaves room for answers.max_new_tokens="
@@ -127,7 +127,7 @@ def alpaca_eval(run: Evaluation) -> tuple[list[Path], dict[str, Any]]:
 
 def model_name(run: Evaluation) -> str:
     """What the results call the model."""
-    return run.config.name or Path(run.config.model).resolve().name
+    return run.config.name or name_of(run.config.model)
 
 
 def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from srlm_fast.errors import UserError
 from srlm_fast.evaluation.answers import answer_rows, model_name, question, read_answers, read_prompts
-from srlm_fast.evaluation.run import Evaluation
+from srlm_fast.evaluation.run import Evaluation, Idle, Speaker, name_of
 from srlm_fast.head_to_head import Verdict, by_orders, by_scores, load_template, pairwise_prompt, parse_choice, rates
 from srlm_fast.phases.evaluation import TRUTHS
 from srlm_fast.rollout import Reply, judge_each
@@ -27,17 +27,17 @@ def head_to_head(run: Evaluation) -> tuple[list[Path], dict[str, Any]]:
     """task=head_to_head: verdicts.jsonl, and head_to_head.json with the rates of the model against the opponent."""
     config = run.config
     prompts = read_prompts(config.prompts)
-    work = {"pairwise": _by_pairs, "scores": _by_scores, "truth": _by_truth}[config.compare](run)
+    work, judge = {"pairwise": _by_pairs, "scores": _by_scores, "truth": _by_truth}[config.compare](run)
     sides = {side: _side(run, side, prompts) for side in SIDES}
     items = _items(sides["model"](), sides["opponent"]())
-    rows = run.shards("verdicts", items, work)
+    rows = run.shards("verdicts", items, work, judge)
     verdicts = [Verdict(row["group"], row["result"], row["unparsable"], row["disagree"]) for row in rows]
     found = rates(verdicts, bootstrap=config.bootstrap, seed=config.seed)
-    names = {"model": model_name(run), "opponent": config.opponent_name or Path(str(config.opponent)).resolve().name}
-    judge = config.truth if config.compare == "truth" else run.judge_name
+    names = {"model": model_name(run), "opponent": config.opponent_name or name_of(str(config.opponent))}
+    names |= {"compare": config.compare, "judge": config.truth if config.compare == "truth" else run.judge_name}
     files = [run.run_dir / "verdicts.jsonl", run.run_dir / "head_to_head.json"]
     run.main(lambda: write_jsonl(files[0], rows))
-    run.main(lambda: write_json(files[1], names | {"compare": config.compare, "judge": judge} | found))
+    run.main(lambda: write_json(files[1], names | found))
     counts = Counter(verdict.result for verdict in verdicts)
     return files, {"wins": counts["win"], "ties": counts["tie"], "losses": counts["loss"]} | found
 
@@ -76,7 +76,8 @@ def _row(item: Item, verdict: Verdict, **more: Any) -> dict[str, Any]:
     return item | verdict_fields | more
 
 
-Work = Callable[[Sequence[Item]], Iterator[dict[str, Any]]]
+Work = tuple[Callable[[Sequence[Item]], Iterator[dict[str, Any]]], Speaker | None]
+"""What makes rows of verdicts of items, and the judging model of the engine, if there is one."""
 
 
 def _by_pairs(run: Evaluation) -> Work:
@@ -95,7 +96,7 @@ def _by_pairs(run: Evaluation) -> Work:
                 prompt = pairwise_prompt(item["prompt"], *(item[side] for side in sides), template)
                 prompts.append(((item["id"], order), prompt, derive_seed(seed, "pairwise", item["id"], order)))
         texts: dict[str, dict[int, str | None]] = {}
-        for (key, order), text in writer.write_each(prompts) if prompts else ():
+        for (key, order), text in writer.write_each(prompts):
             run.check_stop()
             texts.setdefault(key, {})[order] = text
             if len(texts[key]) == 2:
@@ -104,12 +105,12 @@ def _by_pairs(run: Evaluation) -> Work:
                 judgements = [{"text": text, "choice": choice} for text, choice in zip(both, choices)]
                 yield _row(asked[key], by_orders(asked[key]["group"], *choices), judgements=judgements)
 
-    return work
+    return work, writer.speaker
 
 
 def _by_scores(run: Evaluation) -> Work:
     """Mean pointwise scores of both answers."""
-    scorer, engine = run.scorer()
+    scorer, speaker = run.scorer()
     seed = derive_seed(run.config.seed, "head_to_head")
 
     def work(part: Sequence[Item]) -> Iterator[dict[str, Any]]:
@@ -122,7 +123,8 @@ def _by_scores(run: Evaluation) -> Work:
                 replies.append(Reply(f"{item['id']}/{side}", item["prompt"], item[side]))
                 asked[replies[-1].id] = item, side
         judged: dict[str, dict[str, list]] = {}
-        for reply_id, judgements in judge_each(engine(), scorer, replies, seed) if replies else ():
+        engine = Idle() if speaker is None else run.engine(speaker)
+        for reply_id, judgements in judge_each(engine, scorer, replies, seed):
             run.check_stop()
             item, side = asked[reply_id]
             of_item = judged.setdefault(item["id"], {})
@@ -132,7 +134,7 @@ def _by_scores(run: Evaluation) -> Work:
                 texts = [[asdict(judgement) for judgement in of_item[side]] for side in SIDES]
                 yield _row(item, by_scores(item["group"], *scores), scores=scores, judgements=texts)
 
-    return work
+    return work, speaker
 
 
 def _by_truth(run: Evaluation) -> Work:
@@ -152,4 +154,4 @@ def _by_truth(run: Evaluation) -> Work:
                 )
             yield _row(item, by_scores(item["group"], *scores), scores=scores)
 
-    return work
+    return work, None

@@ -7,6 +7,7 @@ wording of the rating prompt is our own.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -69,9 +70,12 @@ def load_questions(path: str | Path) -> list[dict[str, Any]]:
 
 def mt_bench(run: Evaluation) -> tuple[list[Path], dict[str, Any]]:
     """task=mt_bench: model_answer/NAME.jsonl."""
+    for category, value in run.config.temperatures.items():
+        if isinstance(value, (str, bool)) or not 0 <= value < math.inf:
+            raise UserError(f"temperatures.{category}={value!r}: must be a number and not negative")
     questions, speaker, name = load_questions(run.config.questions), run.model(), model_name(run)
     asked = [{"id": str(question["question_id"]), **question} for question in questions]
-    rows = run.shards("conversations", asked, lambda part: _converse(run, speaker, part))
+    rows = run.shards("conversations", asked, lambda part: _converse(run, speaker, part), speaker)
     lines = [
         {
             "question_id": question["question_id"],
@@ -266,7 +270,7 @@ def mt_bench_grade(run: Evaluation) -> tuple[list[Path], dict[str, Any]]:
             }
             yield {"id": key, **line}
 
-    rows = run.shards("ratings", items, work)
+    rows = run.shards("ratings", items, work, writer.speaker)
     lines = [{name: value for name, value in row.items() if name != "id"} for row in rows]
     files = [run.run_dir / f"model_judgment/{judge[0]}_single.jsonl", run.run_dir / "mt_bench.json"]
     run.main(lambda: write_jsonl(files[0], lines))

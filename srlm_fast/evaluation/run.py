@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 
 from srlm_fast import checkpoint
 from srlm_fast.chat import ChatFormat, chat_format
-from srlm_fast.claims import make_shards
+from srlm_fast.claims import make_shards, shard_files
 from srlm_fast.config.evaluate import EvaluateRunConfig
 from srlm_fast.data import as_messages, read_rows
 from srlm_fast.endpoint import EndpointJudge, EndpointWriter
@@ -33,10 +34,21 @@ class Speaker:
 
 
 class Writer(Protocol):
-    """Who writes judgements of any kind: a model of the engine, or one behind a server."""
+    """Who writes judgements of any kind: a model of the engine, or one behind a server.
+
+    Attributes:
+        speaker: the model of the engine; None for a server.
+    """
+
+    speaker: Speaker | None
 
     def write_each(self, prompts: Iterable[tuple[Any, str, int]]) -> Iterator[tuple[Any, str | None]]:
         """(key, text) of (key, prompt, seed), as they finish; None for a prompt that is too long."""
+
+
+def name_of(path: str | Path) -> str:
+    """What the results call a model where nothing else is said: its folder's or file's name."""
+    return Path(os.path.abspath(path)).name
 
 
 class Evaluation:
@@ -46,6 +58,7 @@ class Evaluation:
         self.config, self.world, self.run_dir, self.stopping = config, world, run_dir, stopping
         self._engine: Engine | None = None
         self._loaded: Path | None = None
+        world.form_groups(config.engine.tensor_parallel)
 
     def main(self, function: Callable[[], Any]) -> Any:
         """Run on rank 0 and give every rank its result, or the same UserError."""
@@ -57,10 +70,20 @@ class Evaluation:
             raise Interrupted("stopped; the same command goes on from here")
 
     def shards(
-        self, name: str, rows: Sequence[Any], work: Callable[[Sequence[Any]], Iterable[dict[str, Any]]]
+        self,
+        name: str,
+        rows: Sequence[Any],
+        work: Callable[[Sequence[Any]], Iterable[dict[str, Any]]],
+        speaker: Speaker | None = None,
     ) -> list[dict[str, Any]]:
-        """What `srlm_fast.claims.make_shards` makes of the rows, in their order, on every rank."""
-        files = make_shards(self, name, rows, work, self.config.shard_size)
+        """What `srlm_fast.claims.make_shards` makes of the rows, in their order, on every rank.
+
+        speaker: whom `work` has the engine speak for; it is loaded by all ranks, if there is anything to do.
+        """
+        files = shard_files(self, name, len(rows), self.config.shard_size)
+        if speaker is not None and not self.main(lambda: all(file.exists() for file in files)):
+            self.engine(speaker)
+        make_shards(self, name, rows, work, self.config.shard_size)
         return [row for file in files for _, row in read_rows(file)]
 
     def speaker(self, path: str | Path, chat: str, name: str) -> Speaker:
@@ -87,7 +110,7 @@ class Evaluation:
         return self.speaker(self.config.model, self.config.chat_format, "model")
 
     def engine(self, speaker: Speaker) -> Engine:
-        """The one engine of this process, with the weights of this model."""
+        """The one engine of this process, with the weights of this model; ranks that generate together call this."""
         if self._engine is None:
             options = self.config.engine
             arguments: dict[str, Any] = {"max_batch": options.max_batch, "device": self.world.device}
@@ -96,7 +119,6 @@ class Evaluation:
                 arguments |= {name: getattr(options, name) for name in names}
                 arguments["max_len"] = self.config.max_seq_len
             self._engine = load_engine(options.name, **arguments)
-            self.world.form_groups(options.tensor_parallel)
         if self._loaded != speaker.path:
             self._engine.load(speaker.path)
             self._loaded = speaker.path
@@ -113,32 +135,39 @@ class Evaluation:
     def judge_name(self) -> str:
         """What the results call the judge."""
         judge = self.config.judge
-        return str(judge.endpoint_model) if judge.endpoint else Path(judge.path or self.config.model).resolve().name
+        return str(judge.endpoint_model) if judge.endpoint else name_of(judge.path or self.config.model)
 
-    def judging_model(self) -> Speaker:
-        """The model of judge.path, or the evaluated one."""
+    def judging_model(self) -> Speaker | None:
+        """The model of judge.path, or the evaluated one; None with judge.endpoint."""
         judge, name = self.config.judge, "judge.path" if self.config.judge.path else "model"
+        if judge.endpoint:
+            if self.world.group_size > 1:  # each rank of a group would ask
+                raise UserError(
+                    "judge.endpoint with engine.tensor_parallel > 1: answer first (task=answers), then have the files "
+                    "of answers judged without it"
+                )
+            return None
         if not judge.path and not Path(self.config.model).is_dir():
             raise UserError("there is no model to judge: name one, judge.path=FOLDER, or a server, judge.endpoint=URL")
         return self.speaker(judge.path or self.config.model, judge.chat_format or self.config.chat_format, name)
 
-    def scorer(self) -> tuple[Scorer, Callable[[], Engine]]:
-        """Who scores single answers, and the engine to do it with, once it is needed."""
-        if self.config.judge.endpoint:
-            return EndpointJudge(self.config.judge), _Idle
+    def scorer(self) -> tuple[Scorer, Speaker | None]:
+        """Who scores single answers, and the model of the engine that does it."""
         speaker = self.judging_model()
-        return Judge(speaker.chat, self.config.judge, speaker.max_seq_len), lambda: self.engine(speaker)
+        if speaker is None:
+            return EndpointJudge(self.config.judge), None
+        return Judge(speaker.chat, self.config.judge, speaker.max_seq_len), speaker
 
     def writer(self) -> Writer:
         """Who writes verdicts and ratings."""
-        options = self.config.judge
-        if options.endpoint:
+        speaker, options = self.judging_model(), self.config.judge
+        if speaker is None:
             return EndpointWriter(options, temperature=options.verdict_temperature)
-        return _EngineWriter(self, self.judging_model())
+        return _EngineWriter(self, speaker)
 
 
-class _Idle:
-    """An engine with nothing to do."""
+class Idle:
+    """The engine beside a judge that needs none."""
 
     def stream(self) -> Iterator[Any]:
         return iter(())
