@@ -20,7 +20,7 @@ from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.kernels import library
 from srlm_fast.meta_judge import MetaJudge
 from srlm_fast.model import LlamaConfig
-from srlm_fast.parallel import World, mesh_shape
+from srlm_fast.parallel import World, check_parallel
 from srlm_fast.rollout import Judge
 from srlm_fast.rundir import RunDir
 from srlm_fast.stop import Stop
@@ -42,7 +42,8 @@ class Context:
         checks.inputs(config)
         if lacking := checks.missing(config):
             raise UserError(lacking[0])
-        mesh_shape(world.size, config.parallel)
+        moments = (config.sft.moments, config.dpo.moments)
+        check_parallel(world.size, config.parallel, moments, lora=config.lora.rank)
         self.llama: LlamaConfig = checkpoint.read_config(Path(config.model.path))
         checks.shape(config, self.llama)
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)

@@ -34,7 +34,7 @@ from srlm_fast.lora import add_adapters, check_options, init_adapters
 from srlm_fast.losses import Objective
 from srlm_fast.model import Llama
 from srlm_fast.packing import Item
-from srlm_fast.parallel import World, compute_dtype, parallelize
+from srlm_fast.parallel import World, check_parallel, compute_dtype, parallelize
 from srlm_fast.progress import progress
 from srlm_fast.reference import ReferenceCache, fill, reference_items
 from srlm_fast.rundir import RunDir, atomic_file, fingerprint, write_json
@@ -60,6 +60,7 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
         Interrupted: on a signal or before save_by, after a checkpoint.
     """
     library.use(config.kernels)
+    check_parallel(world.size, config.parallel, [config.training.moments], lora=config.lora.rank)
     objective = training_objective(config.training)
     check_options(config.lora)
     check_moments(config.training)

@@ -264,6 +264,20 @@ class EngineConfig:
 
 @dataclass
 class ParallelConfig:
+    backend: str = key(
+        "fsdp2",
+        "what divides model, gradients and moments among the processes; deepspeed: its ZeRO, an extra package, "
+        "without the keys shard, replicate, reshard, reduce and compile and with fp32 moments",
+        choices=("fsdp2", "deepspeed"),
+        operational=True,
+    )
+    zero_stage: int = key(
+        3,
+        "deepspeed: what is divided; 1, moments and fp32 weights; 2, gradients too; 3, the weights too",
+        operational=True,
+        least=1,
+        most=3,
+    )
     shard: int | None = key(
         None,
         "processes that share one copy of weights, gradients and moments; none: all that replicate leaves",

@@ -237,6 +237,7 @@ def _train(
     steps, objective = trainer.total_steps, trainer.objective
     if objective.paired and objective.needs_reference:
         counts["chosen_fall"] = run.main(lambda: _chosen_fall(run, phase, steps, config.beta))
+    trainer.close()
     del trainer
     gc.collect()  # the optimizer's memory, before the engine wants some
     if not run.config.lora.rank:  # else the engine reads what was merged

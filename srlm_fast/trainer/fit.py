@@ -175,6 +175,10 @@ class Trainer:
         self.model.eval()
         return {**metrics, **(self.history[-1] if self.history else {})}
 
+    def close(self) -> None:
+        """Let go of the optimizer; the model stays and runs."""
+        self.sharding.end()
+
     def _batch(self, step: int) -> list[int]:
         epoch, position = divmod(step, self.steps_per_epoch)
         order = epoch_order(len(self.items), self.seed, epoch)

@@ -12,6 +12,7 @@ from srlm_fast.errors import UserError
 from srlm_fast.kernels import library
 from srlm_fast.kernels.optimizer import AdamW
 from srlm_fast.losses import Objective, get_objective
+from srlm_fast.parallel import sharding_of
 from srlm_fast.trainer.eight_bit import adamw_8bit, check_installed
 
 
@@ -62,10 +63,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig, seed: int = 0) -> torc
     Raises:
         UserError: for bf16 moments without kernels, and 8-bit ones without torchao.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    shapes = sharding_of(model).shapes()
+    parameters = [(p, len(shapes[name])) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p, n_dims in parameters if n_dims >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p, n_dims in parameters if n_dims < 2], "weight_decay": 0.0},
     ]
     options = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
     check_moments(config)

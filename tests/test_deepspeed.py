@@ -1,0 +1,120 @@
+"""DeepSpeed's ZeRO against the trainer in one process and against FSDP2; what it refuses; a run with it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed_case import FSDP2, build, zero
+from safetensors.torch import load_file
+from test_iterate import ENVIRONMENT, command
+from test_parallel import folder  # noqa: F401
+
+from srlm_fast.checkpoint import load_model
+from srlm_fast.config.keys import ParallelConfig
+from srlm_fast.errors import UserError
+from srlm_fast.parallel import World, check_parallel
+
+pytestmark = [pytest.mark.distributed]
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict:
+    """Losses, norms and weights of the trainer in one process."""
+    trainer, steps = build(World(), FSDP2)
+    trainer.fit()
+    names = {"losses": "loss", "norms": "grad_norm"}
+    weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+    return {"weights": weights, **{name: [step[key] for step in steps] for name, key in names.items()}}
+
+
+def torchrun(n_ranks: int, models: Path, out: Path, *cases: str) -> dict:
+    """What tests/deepspeed_case.py finds."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
+    script = str(Path(__file__).with_name("deepspeed_case.py"))
+    command = [sys.executable, *launcher, script, str(models), str(out), *cases]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out / "result.pt", weights_only=True)
+
+
+def assert_close(found: dict, wanted: dict, tolerance: float) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=tolerance, rtol=0, msg=name)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_same(folder, tmp_path, expected):  # noqa: F811
+    cases = ["zero 1", "zero 2", "zero 3", "selective", "dropout", "dropout full"]
+    found = torchrun(2, folder, tmp_path, *cases, "bf16 1", "bf16 2", "bf16 3", "freed", "refused")
+    assert min(expected["norms"]) > 0.5, "clipping has something to do"
+    for case in cases[:4]:
+        assert found[case]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+        assert found[case]["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        assert_close(found[case]["weights"], expected["weights"], 1e-5)
+    assert found["dropout"]["losses"] != pytest.approx(expected["losses"], abs=1e-3)
+    assert_close(found["dropout full"]["weights"], found["dropout"]["weights"], 1e-6)
+    for stage in (1, 2, 3):
+        losses = found[f"bf16 {stage}"]["losses"]
+        assert losses == pytest.approx(expected["losses"], abs=0.01) and losses != expected["losses"]
+    messages = found["refused"]
+    foreign = "parallel.replicate=2, parallel.reduce=microbatch, parallel.compile=True"
+    assert messages["fsdp2's"].startswith(f"{foreign}: not with parallel.backend=deepspeed")
+    assert "use parallel.checkpointing=full" in messages["selective"]
+    assert messages["moments"].startswith("moments=bf16: parallel.backend=deepspeed has fp32 moments")
+
+
+@pytest.mark.slow
+def test_two_ranks_load_save_and_resume(folder, tmp_path, expected):  # noqa: F811
+    stages = (1, 2, 3)
+    crossed = ["stopped fsdp2", "zero 2 after fsdp2", "stopped zero 3", "fsdp2 after zero 3"]
+    alone = [f"{case} {stage}" for case in ("resumed", "skipped") for stage in stages]
+    found = torchrun(2, folder, tmp_path, "loaded", *alone, "skipped fsdp2", *crossed)
+    for stage in stages:
+        resumed = found[f"resumed {stage}"]
+        assert_close(resumed["resumed"], resumed["undisturbed"], 0.0)
+        assert_close(found[f"skipped {stage}"]["weights"], found["skipped fsdp2"]["weights"], 1e-5)
+        for name in ("untied", "tied", "bf16"):
+            exported = tmp_path / f"{name}-{stage}"
+            original = dict(load_model(folder / name).named_parameters())
+            assert_close(load_file(exported / "model.safetensors"), {n: p.detach() for n, p in original.items()}, 0.0)
+    for case in crossed[1::2]:
+        assert_close(found[case]["weights"], expected["weights"], 1e-5)
+
+
+@pytest.mark.slow
+def test_four_ranks_train_the_same_and_go_on_where_two_stopped(folder, tmp_path, expected):  # noqa: F811
+    torchrun(2, folder, tmp_path, "stopped zero 3", "stopped fsdp2")
+    found = torchrun(4, folder, tmp_path, "loaded", "zero 3", "zero 3 after zero 3", "zero 2 after fsdp2")
+    for case, weights in found.items():
+        if case != "loaded":
+            assert_close(weights["weights"], expected["weights"], 1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_of_all_phases(tmp_path):
+    keys = ("parallel.backend=deepspeed", "parallel.zero_stage=3", "iterations=1", "model.dropout=0")
+    done = subprocess.run(
+        command(tmp_path / "run", *keys, ranks=2), capture_output=True, text=True, timeout=290, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    first = next(step for step in steps if step["phase"] == "m2/train")
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4), "policy and reference are the same model"
+    assert (tmp_path / "run/models/m2/model.safetensors").is_file()
+
+
+def test_what_it_does_not_do_is_refused(monkeypatch):
+    with pytest.raises(UserError, match=r"divides a model among processes, here is one; start several with torchrun"):
+        check_parallel(1, ParallelConfig(**zero(3)))
+    with pytest.raises(UserError, match=r"parallel.shard=2: not with parallel.backend=deepspeed"):
+        check_parallel(2, ParallelConfig(**zero(3, shard=2)))
+    check_parallel(2, ParallelConfig(**zero(1)), ["fp32"])
+    with pytest.raises(UserError, match=r"lora.rank=8: not with parallel.backend=deepspeed"):
+        check_parallel(2, ParallelConfig(**zero(1)), lora=8)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=r"needs the package deepspeed; .*DS_BUILD_OPS=0 pip install --no-build-iso"):
+        check_parallel(2, ParallelConfig(**zero(1)))
