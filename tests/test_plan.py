@@ -212,6 +212,7 @@ def test_times_move_as_they_must():
         ("0xH200", (), "--gpus '0xH200'"),
         ("8xV100", (), "--gpus '8xV100'"),
         ("8xH200", ("parallel.shard=3",), "parallel.shard=3 does not fit 8 processes"),
+        ("8xH200", ("parallel.backend=deepspeed",), "parallel.backend=deepspeed: only fsdp2 is planned"),
         ("12xH200", ("engine.tensor_parallel=3",), "engine.tensor_parallel=3 divides 8 GPUs of a node"),
     ],
 )

@@ -50,8 +50,8 @@ def check_zero(n_ranks: int, options: ParallelConfig, moments: Sequence[str] = (
         raise UserError(f"{shown}: not with parallel.backend=deepspeed; leave it out or use parallel.backend=fsdp2")
     if options.zero_stage == 3 and options.checkpointing == "selective":
         raise UserError(
-            "parallel.checkpointing=selective: not with parallel.backend=deepspeed and parallel.zero_stage=3, which "
-            "frees weights that the products still need; use parallel.checkpointing=full or parallel.backend=fsdp2"
+            "parallel.checkpointing=selective: not with parallel.backend=deepspeed and parallel.zero_stage=3, "
+            "whose gathering differs when a block runs again; use parallel.checkpointing=full or parallel.backend=fsdp2"
         )
     if lora:
         raise UserError(f"lora.rank={lora}: not with parallel.backend=deepspeed; use parallel.backend=fsdp2")
@@ -230,7 +230,8 @@ class Zero:
     # ------------------------------------------------------------------------------------------------------- training
 
     def begin(self, optimizer: Optimizer) -> None:
-        check_zero(self.world.size, self.options, [getattr(optimizer, "moments", "fp32")])
+        own = "fp32" if type(optimizer) is torch.optim.AdamW else type(optimizer).__name__
+        check_zero(self.world.size, self.options, [getattr(optimizer, "moments", own)])
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
         if self.stage < 3 and self.dtype != torch.float32:

@@ -50,6 +50,8 @@ class Plan:
     ) -> None:
         if config.lora.rank:
             raise UserError(f"lora.rank={config.lora.rank}: adapters cannot be planned; leave it out")
+        if config.parallel.backend != "fsdp2":
+            raise UserError(f"parallel.backend={config.parallel.backend}: only fsdp2 is planned; leave it out")
         self.config, self.shape, self.machine = config, shape, machine
         self.assumptions = assumptions or Assumptions()
         self.replicate, self.shard = mesh_shape(machine.n_gpus, config.parallel)
