@@ -6,6 +6,7 @@ FOLDER holds the models that are loaded; OUT/result.pt gets what each CASE found
 """
 
 import gc
+import shutil
 import sys
 import weakref
 from pathlib import Path
@@ -68,6 +69,15 @@ def stopped(world: World, keys: dict[str, Any], folder: Path, dropout: float = 0
         assert (folder / "step-3").is_dir()
         return
     raise AssertionError("not stopped")
+
+
+def copied(world: World, folder: Path) -> Path:
+    """The same checkpoints in a folder that may be written to."""
+    copy = folder.with_name(f"copy-of-{folder.name}")
+    if world.is_main:
+        shutil.copytree(folder, copy)
+    world.barrier()
+    return copy
 
 
 def resumed(world: World, keys: dict[str, Any], out: Path, dropout: float = 0.1) -> dict[str, Any]:
@@ -180,9 +190,9 @@ def main(folder: Path, out: Path, *cases: str) -> None:
         "skipped fsdp2": lambda: skipped(world, FSDP2),
         "stopped fsdp2": lambda: stopped(world, FSDP2, out / "from-fsdp2"),
         "stopped zero 3": lambda: stopped(world, zero(3), out / "from-zero"),
-        "zero 2 after fsdp2": lambda: run(world, zero(2), checkpoint_dir=out / "from-fsdp2"),
-        "zero 3 after zero 3": lambda: run(world, zero(3), checkpoint_dir=out / "from-zero"),
-        "fsdp2 after zero 3": lambda: run(world, FSDP2, checkpoint_dir=out / "from-zero"),
+        "zero 2 after fsdp2": lambda: run(world, zero(2), checkpoint_dir=copied(world, out / "from-fsdp2")),
+        "zero 3 after zero 3": lambda: run(world, zero(3), checkpoint_dir=copied(world, out / "from-zero")),
+        "fsdp2 after zero 3": lambda: run(world, FSDP2, checkpoint_dir=copied(world, out / "from-zero")),
         "loaded": lambda: loaded(world, folder, out),
         "freed": lambda: freed(world),
         "refused": lambda: refused(world),
