@@ -169,8 +169,8 @@ class Zero:
 
     def _cast(self) -> None:
         """Stages 1 and 2: the model in the dtype of computation; its fp32 weights wait on the host."""
-        if not self._fp32 and self._engine is None:
-            for name, parameter in self.model.named_parameters():
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype == torch.float32:
                 self._fp32[name] = parameter.detach().to("cpu", copy=True)
                 parameter.data = parameter.data.to(self.dtype)
 
