@@ -17,6 +17,7 @@ from training_case import build, full_weights
 from srlm_fast.checkpoint import load_model
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.parallel import World
+from srlm_fast.rundir import digest
 
 CASE = str(Path(__file__).with_name("recovery_case.py"))
 
@@ -130,16 +131,24 @@ def poison(value: str) -> bytes:
     return pickle.dumps(Run())
 
 
+def flip(file: Path) -> None:
+    """One bit somewhere is another."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
 def point_outside(folder: Path) -> None:
     """The index names a file elsewhere, which is there."""
     index = (folder / ".metadata").read_bytes()
-    (folder / "__0_0.distcp").rename(folder.parent / "0.distcp")
+    shutil.copy(folder / "__0_0.distcp", folder.parent / "0.distcp")
     assert b"__0_0.distcp" in index
     (folder / ".metadata").write_bytes(index.replace(b"__0_0.distcp", b"..//0.distcp"))
 
 
 DAMAGE = {
     "truncated data": lambda folder: os.truncate(folder / "__0_0.distcp", 5000),
+    "a flipped bit": lambda folder: flip(folder / "__0_0.distcp"),
     "no data": lambda folder: (folder / "__0_0.distcp").unlink(),
     "no index": lambda folder: (folder / ".metadata").unlink(),
     "an index of other things": lambda folder: (folder / ".metadata").write_bytes(pickle.dumps([1])),
@@ -179,10 +188,11 @@ def test_values_that_run_commands_are_not_loaded(stopped):
     made = build("sft", changes=recovery_case.CHANGES, checkpoint_dir=stopped)
     state = made.sharding.state()
     state["optimizer"]["param_groups"][0]["betas"] = Run()
-    about = (stopped / "step-3/training.json").read_bytes()
+    about = json.loads((stopped / "step-3/training.json").read_text())
     shutil.rmtree(stopped / "step-3")
     dcp.save(state, checkpoint_id=stopped / "step-3", no_dist=True)
-    (stopped / "step-3/training.json").write_bytes(about)
+    about["files"] = {file.name: digest(file) for file in (stopped / "step-3").glob("*.distcp")}
+    (stopped / "step-3/training.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="cannot resume from .*step-3: .*; delete that folder"):
         made.fit()
     assert not (stopped / "ran").exists()

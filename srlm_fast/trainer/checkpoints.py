@@ -26,7 +26,7 @@ from srlm_fast.config import TrainConfig, results_keys
 from srlm_fast.errors import UserError
 from srlm_fast.packing import Item
 from srlm_fast.parallel import Sharding, World
-from srlm_fast.rundir import sync_folder, write_json
+from srlm_fast.rundir import digest, sync_folder, write_json
 from srlm_fast.trainer.storage import Writer, load
 
 FORMAT = 1
@@ -92,13 +92,40 @@ class Checkpoints:
         """When all is written, give the folder its name and delete older ones; in a thread, on rank 0."""
         try:
             written.result()
+            files = self._digests(temporary)
             if self.world.is_main:
-                write_json(temporary / _ABOUT, about)
+                write_json(temporary / _ABOUT, about | {"files": files})
                 self._publish(temporary, about["step"], keep)
             self.seconds = max(self.seconds, time.monotonic() - started)
             saving.set_result(None)
         except BaseException as error:  # a CheckpointException is no Exception
             saving.set_exception(error)
+
+    def _digests(self, temporary: Path) -> dict[str, str]:
+        """SHA-256 of all ranks' data files: their readers do not notice a byte that has changed."""
+        try:
+            mine: dict[str, str] | str = {f.name: digest(f) for f in temporary.glob(f"__{self.world.rank}_*.distcp")}
+        except OSError as error:
+            mine = f"cannot read back {error.filename}: {error.strerror}"
+        found = [mine] * self.world.size
+        if self._group is not None:
+            dist.all_gather_object(found, mine, group=self._group)
+        for part in found:
+            if isinstance(part, str):
+                raise UserError(part)
+        return {name: value for part in found for name, value in part.items()}
+
+    def _check_digests(self, path: Path, files: Mapping[str, str]) -> None:
+        """Every rank reads its share of the files; raises `_Unreadable` on all of them."""
+        wrong = None
+        for name in sorted(files)[self.world.rank :: self.world.size]:
+            try:
+                if digest(path / name) != files[name]:
+                    wrong = f"{name} is not what was written"
+            except OSError as error:
+                wrong = f"{name}: {error.strerror}"
+        if causes := [cause for cause in self.world.gather(wrong) if cause]:
+            raise _Unreadable(causes[0])
 
     def _publish(self, temporary: Path, step: int, keep: Collection[int]) -> None:
         target, unreadable = self.folder / f"step-{step}", self.folder / ".old"
@@ -163,6 +190,7 @@ class Checkpoints:
             path = self.folder / name
             try:
                 about = self._read_about(path)
+                self._check_digests(path, about["files"])
                 state = sharding.state()
                 self._load(state, path)
             except _Unreadable as error:
@@ -241,12 +269,12 @@ def identity(items: Sequence[Item], config: TrainConfig, seed: int, reference: s
 
     reference: id of the weights behind the reference log-probabilities.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    content = hashlib.blake2b(digest_size=16)
     for item in items:
-        digest.update(array("q", [len(item.responses), len(item.prompt), *map(len, item.responses)]).tobytes())
-        digest.update(array("q", item.prompt).tobytes() + b"".join(array("q", r).tobytes() for r in item.responses))
-        digest.update(array("d", item.labels).tobytes())
-    named = {"items": digest.hexdigest(), "seed": seed, "reference": reference}
+        content.update(array("q", [len(item.responses), len(item.prompt), *map(len, item.responses)]).tobytes())
+        content.update(array("q", item.prompt).tobytes() + b"".join(array("q", r).tobytes() for r in item.responses))
+        content.update(array("d", item.labels).tobytes())
+    named = {"items": content.hexdigest(), "seed": seed, "reference": reference}
     return json.loads(json.dumps({**results_keys(config), **named}))
 
 
