@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from srlm_fast.config.keys import EngineConfig, JudgeConfig
 from srlm_fast.config.tree import key
 
-TASKS = ("answers", "head_to_head", "alpaca_eval", "mt_bench", "mt_bench_grade")
+TASKS = ("answers", "head_to_head", "alpaca_eval", "mt_bench", "mt_bench_grade", "judge")
 
 
 @dataclass
@@ -65,6 +65,9 @@ class EvaluateRunConfig:
     model_answer: str | None = key(None, "task=mt_bench_grade: answers of one model in FastChat's format", path=True)
     reference_answer: str | None = key(
         None, "task=mt_bench_grade: reference answers in the same format, shown to the judge; none: none", path=True
+    )
+    ranked: str | None = key(
+        None, "task=judge: file of ranked or scored replies, such as data/eft_eval.jsonl of a run", path=True
     )
     temperatures: dict[str, float] = key(
         {

@@ -147,7 +147,7 @@ class Evaluation:
                     "of answers judged without it"
                 )
             return None
-        if not judge.path and not Path(self.config.model).is_dir():
+        if not judge.path and (not self.config.model or Path(self.config.model).is_file()):
             raise UserError("there is no model to judge: name one, judge.path=FOLDER, or a server, judge.endpoint=URL")
         return self.speaker(judge.path or self.config.model, judge.chat_format or self.config.chat_format, name)
 

@@ -13,6 +13,7 @@ from srlm_fast.config.tree import input_paths
 from srlm_fast.errors import UserError
 from srlm_fast.evaluation.answers import alpaca_eval, answers
 from srlm_fast.evaluation.compare import head_to_head
+from srlm_fast.evaluation.judging import judge
 from srlm_fast.evaluation.mt_bench import mt_bench, mt_bench_grade
 from srlm_fast.evaluation.run import Evaluation
 from srlm_fast.kernels import library
@@ -27,6 +28,7 @@ TASKS: dict[str, tuple[Task, tuple[str, ...]]] = {
     "alpaca_eval": (alpaca_eval, ("model", "prompts")),
     "mt_bench": (mt_bench, ("model", "questions")),
     "mt_bench_grade": (mt_bench_grade, ("questions", "model_answer")),
+    "judge": (judge, ("ranked",)),
 }
 """Name of a task -> what does it, giving its files and its counts; the keys that it needs."""
 
