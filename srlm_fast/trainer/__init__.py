@@ -16,7 +16,8 @@ Nothing here knows of iterations, judges or engines; any list of `Item` can be t
 | `eight_bit` | AdamW with moments in 8 bits |
 | `offload` | moments in host memory while something else needs the GPU |
 | `references` | reference log-probabilities in memory |
-| `checkpoints` | training checkpoints |
+| `checkpoints` | training checkpoints: when they are whole, kept, resumed, refused |
+| `storage` | their files, by torch.distributed.checkpoint |
 | `machine` | FLOPs, their share of the peak, memory |
 """
 
