@@ -44,6 +44,15 @@ def test_other_machines_and_copies():
     assert f"rank 31: {whole.local_parameters(15):,} parameters, 16.1 GiB, as planned" in found
 
 
+def test_adapters_are_sharded_as_planned():
+    """7B on one GPU, and on two; the step leaves a gradient in every adapter."""
+    for gpus, local in (("1xA100-80", 6_738_415_616 + 39_976_960), ("2xA100-80", (6_738_415_616 + 39_976_960) // 2)):
+        found = lines("llama2_7b", "lora.rank=16", gpus=gpus)
+        assert any(line.startswith(f"rank 0: {local:,} parameters, ") for line in found)
+        assert any("memory: fits" in line for line in found)
+        assert sum("forward and backward of 4 of" in line for line in found) == 2
+
+
 def test_the_script_shows_it_and_leaves_no_run_folder(tmp_path):
     arguments = ["--config", str(ROOT / "configs/llama2_70b.yaml"), "--dry-run", f"run_dir={tmp_path / 'run'}"]
     done = subprocess.run(
@@ -56,7 +65,9 @@ def test_the_script_shows_it_and_leaves_no_run_folder(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("changes", "n_compared"), [((), 14), (("learn_from=positives", "eft.enabled=false"), 11)])
+@pytest.mark.parametrize(
+    ("changes", "n_compared"), [((), 14), (("learn_from=positives", "eft.enabled=false", "lora.rank=2"), 11)]
+)
 def test_a_run_reads_writes_and_counts_what_was_foretold(tmp_path, changes, n_compared):
     """One iteration of the demo: every output of a phase is of a foretold kind, every kind is there, counts hold."""
     changes = (*SMALL, "iterations=1", *changes)

@@ -15,9 +15,10 @@ import torch
 from memory_case import ANSWER, PROMPT
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from srlm_fast.config import load_config
+from srlm_fast.config import LoraConfig, load_config
 from srlm_fast.config.keys import ParallelConfig
 from srlm_fast.errors import UserError
+from srlm_fast.lora import add_adapters
 from srlm_fast.model import Llama, LlamaConfig
 from srlm_fast.packing import Item, pack
 from srlm_fast.parallel import World, parallelize
@@ -135,6 +136,57 @@ def test_blocks_keep_what_is_said(policy):
 
     ours = plan("1xH100-80", "model.dropout=0", "parallel.dtype=float32", shape=replace(shape, num_hidden_layers=1))
     assert kept(6) - kept(2) == 4 * len(batch.input_ids) * ours.kept_per_token(policy)
+
+
+def test_blocks_with_adapters_keep_what_is_said():
+    """Bytes of all tensors that autograd holds for the backward pass of a block, dropout before A or not."""
+    shape = LlamaConfig(
+        vocab_size=500,
+        hidden_size=128,
+        intermediate_size=352,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
+    batch = pack([Item(tuple(range(300)), (tuple(range(106)), tuple(range(100, 190))))])
+
+    def kept(layers: int, lora: LoraConfig) -> int:
+        model = add_adapters(Llama(replace(shape, num_hidden_layers=layers)), lora).train()
+        held = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
+        weights = sum(p.untyped_storage().nbytes() for p in held.values())
+
+        def pack_saved(tensor: torch.Tensor) -> torch.Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack_saved, lambda tensor: tensor):
+            loss = token_logps(model, batch).sum()
+        loss.backward()
+        return sum(tensor.untyped_storage().nbytes() for tensor in held.values()) - weights
+
+    seen = 6 * shape.hidden_size + shape.intermediate_size  # by the adapters of a block
+    for changes, masks in ((("lora.rank=3",), 0), (("lora.rank=3", "lora.dropout=0.1"), 3 * seen)):
+        keys = ("model.dropout=0", "parallel.dtype=float32", *changes)
+        ours = plan("1xH100-80", *keys, shape=replace(shape, num_hidden_layers=1))
+        found = kept(6, ours.config.lora) - kept(2, ours.config.lora)
+        # on a CPU a mask of dropout has 4 bytes a value, on a GPU 1
+        planned = 4 * len(batch.input_ids) * (ours.kept_per_token("none") + masks)
+        assert found <= planned <= 1.05 * found, (found, planned)
+
+
+def test_adapters_need_gradients_and_moments_of_their_own_only():
+    """7B on one GPU: weights in bf16, adapters in fp32; times of a step without gradients of weights."""
+    shape, keys = LlamaConfig.named("llama2-7b"), ("parallel.checkpointing=full", "parallel.reduce=microbatch")
+    ours, whole = (plan("1xA100-80", *keys, f"lora.rank={rank}", shape=shape) for rank in (16, 0))
+    n_adapters = 32 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert ours.n_parameters == whole.n_parameters and ours.n_trained == n_adapters
+    parts = ours.training("dpo")
+    assert parts["parameters"] == 2 * whole.n_parameters + 4 * n_adapters
+    assert parts["moments"] == 8 * n_adapters and parts["gradients"] <= 4 * n_adapters
+    assert sum(parts.values()) < ours.machine.gpu.memory_gib * GIB < sum(whole.training("dpo").values())
+    assert f"adapters of rank 16 with {n_adapters:,} parameters" in report(ours)
+    ratio = step_seconds(ours, "dpo")["products"] / step_seconds(whole, "dpo")["products"]
+    assert 0.7 < ratio < 0.8  # forward, again, backward without the weights' third
 
 
 def test_memory_follows_the_keys():

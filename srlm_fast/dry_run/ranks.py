@@ -16,6 +16,7 @@ from torch import nn
 
 from srlm_fast.errors import UserError
 from srlm_fast.kernels import linear_logprob
+from srlm_fast.lora import add_adapters
 from srlm_fast.model import Llama, LlamaConfig
 from srlm_fast.packing import Item, PackedBatch, pack
 from srlm_fast.parallel import World, parallelize
@@ -37,11 +38,12 @@ def check_shards(plan: Plan) -> Iterator[str]:
         with _rank(rank, plan.machine.n_gpus) as world:
             parts = [_local(parameter) for parameter in _sharded(plan, plan.shape, world).parameters()]
         number, size = sum(part.numel() for part in parts), sum(part.nbytes for part in parts)
-        planned = plan.local_parameters(rank % plan.shard)
-        if (number, size) != (planned, 4 * planned):
+        place = rank % plan.shard
+        planned, planned_size = plan.local_parameters(place), plan.parameter_bytes(place)
+        if (number, size) != (planned, planned_size):
             raise UserError(
                 f"rank {rank} gets {number:,} parameters in {size:,} bytes and the planner says {planned:,} in "
-                f"{4 * planned:,}: the plan cannot be trusted with this torch {torch.__version__}"
+                f"{planned_size:,}: the plan cannot be trusted with this torch {torch.__version__}"
             )
         yield f"rank {rank}: {number:,} parameters, {size / GIB:.1f} GiB, as planned"
 
@@ -60,7 +62,7 @@ def fake_step(plan: Plan, section: str) -> str:
         model = _sharded(plan, shape, world)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             _step(model, batch, mode)
-        without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without, without
     responses = f"{len(batch.lengths)} response{'s' * (len(batch.lengths) > 1)}"
     return (
@@ -100,7 +102,7 @@ def _rank(rank: int, n_ranks: int) -> Iterator[World]:
 
 def _sharded(plan: Plan, shape: LlamaConfig, world: World) -> nn.Module:
     with torch.device("meta"):
-        model = Llama(shape, plan.config.model.dropout)
+        model = add_adapters(Llama(shape, plan.config.model.dropout), plan.config.lora, base_dtype=plan.dtype)
     dtype = str(plan.dtype).removeprefix("torch.")  # that of a GPU
     return parallelize(model, world, replace(plan.config.parallel, compile=False, dtype=dtype))
 

@@ -122,7 +122,7 @@ class Walk:
         answers = self.config.prompts.count * self.config.candidates.n
         examples = self.seeds.ift.value + self.config.eft.max_examples * with_eft + answers * len(positive)
         reads = ("data/ift.jsonl", *["eft/train.jsonl"] * with_eft, *(f"m{t}/positives.jsonl" for t in positive))
-        return (self.base, *reads), (f"models/{name}/*",), self._training(self.config.sft, examples)
+        return (self.base, *reads), self._model(name), self._training(self.config.sft, examples)
 
     def _positives(self, t: str) -> tuple:
         most = Count(self.config.prompts.count * self.config.candidates.n, True)
@@ -133,11 +133,11 @@ class Walk:
             return self._sft(f"m{after}")
         t = int(after) - 1
         reads = (f"models/m{t}", *self._pair_files(t), f"m{t}/reference.safetensors")
-        return reads, (f"models/m{after}/*",), self._training(self.config.dpo, self._most_pairs(t))
+        return reads, self._model(f"m{after}"), self._training(self.config.dpo, self._most_pairs(t))
 
     def _future(self, t: str) -> tuple:
         reads = (f"models/m{t}", *self._pair_files(int(t), "draft_"), f"m{t}/draft_reference.safetensors")
-        return reads, (f"models/m{t}f/*",), self._training(self.config.dpo, self._most_pairs(int(t)))
+        return reads, self._model(f"m{t}f"), self._training(self.config.dpo, self._most_pairs(int(t)))
 
     def _earlier(self, t: int) -> range:
         """Iterations before t whose pairs are trained on in it."""
@@ -155,6 +155,10 @@ class Walk:
     def _most_pairs(self, t: int) -> int:
         """Most pairs that are trained on in iteration t."""
         return sum(map(self._made, [*self._earlier(t), t]))
+
+    def _model(self, name: str) -> tuple[str, ...]:
+        """What a phase of training writes."""
+        return (f"models/{name}/*", *[f"adapters/{name}/*"] * (self.config.lora.rank > 0))
 
     def _training(self, options: TrainConfig, items: int) -> dict[str, Count]:
         steps = math.ceil(items / options.batch_size) * options.epochs

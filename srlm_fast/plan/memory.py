@@ -18,6 +18,7 @@ from srlm_fast.config import Config, longest_response, lookup
 from srlm_fast.errors import UserError
 from srlm_fast.kernels.linear_softmax import CHUNK_BYTES
 from srlm_fast.kernels.linear_softmax import plan as head_plan
+from srlm_fast.lora import add_adapters, check_options, is_adapter
 from srlm_fast.model import Llama, LlamaConfig
 from srlm_fast.parallel import compute_dtype, mesh_shape
 from srlm_fast.plan.machine import Assumptions, Machine
@@ -48,8 +49,7 @@ class Plan:
     def __init__(
         self, config: Config, shape: LlamaConfig, machine: Machine, assumptions: Assumptions | None = None
     ) -> None:
-        if config.lora.rank:
-            raise UserError(f"lora.rank={config.lora.rank}: adapters cannot be planned; leave it out")
+        check_options(config.lora)
         if config.parallel.backend != "fsdp2":
             raise UserError(f"parallel.backend={config.parallel.backend}: only fsdp2 is planned; leave it out")
         self.config, self.shape, self.machine = config, shape, machine
@@ -67,16 +67,23 @@ class Plan:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], int]]:
-        """Shapes of the parameters, and how many there are of each: blocks are alike."""
+        """Shapes of the parameters, adapters among them, and how many there are of each: blocks are alike."""
         with torch.device("meta"):
-            parameters = dict(Llama(replace(self.shape, num_hidden_layers=1)).named_parameters())
+            model = add_adapters(Llama(replace(self.shape, num_hidden_layers=1)), self.config.lora)
+            parameters = dict(model.named_parameters())
         layers = self.shape.num_hidden_layers
         return {name: (tuple(p.shape), layers if _in_block(name) else 1) for name, p in parameters.items()}
 
     @cached_property
     def n_block(self) -> int:
-        """Parameters of one block."""
-        return sum(math.prod(shape) for name, (shape, _) in self.tensors.items() if _in_block(name))
+        """Parameters of one block, without adapters."""
+        in_block = ((name, shape) for name, (shape, _) in self.tensors.items() if _in_block(name))
+        return sum(math.prod(shape) for name, shape in in_block if not is_adapter(name))
+
+    @cached_property
+    def n_adapters(self) -> int:
+        """Parameters of the adapters of one block."""
+        return sum(math.prod(shape) for name, (shape, _) in self.tensors.items() if is_adapter(name))
 
     @cached_property
     def n_root(self) -> int:
@@ -85,15 +92,31 @@ class Plan:
 
     @property
     def n_parameters(self) -> int:
+        """Parameters of the model, without adapters."""
         return self.n_root + self.shape.num_hidden_layers * self.n_block
 
-    def local_parameters(self, rank: int = 0) -> int:
-        """Parameters in the shard of a rank of a copy: FSDP2 gives each ceil(rows / ranks) rows of every tensor."""
+    @property
+    def n_trained(self) -> int:
+        """Parameters that have gradients and moments: the adapters where there are some, else all."""
+        return self.shape.num_hidden_layers * self.n_adapters or self.n_parameters
+
+    def local_parameters(self, rank: int = 0, *, trained: bool = False) -> int:
+        """Parameters in the shard of a rank of a copy, adapters among them, or the trained ones of them.
+
+        FSDP2 gives each rank ceil(rows / ranks) rows of every tensor.
+        """
         total = 0
-        for (rows, *rest), count in self.tensors.values():
+        for name, ((rows, *rest), count) in self.tensors.items():
+            if trained and self.n_adapters and not is_adapter(name):
+                continue
             most = math.ceil(rows / self.shard)
             total += count * min(max(rows - rank * most, 0), most) * math.prod(rest)
         return total
+
+    def parameter_bytes(self, rank: int = 0) -> int:
+        """Bytes of that shard: fp32 what is trained, in the dtype of the computation what is frozen."""
+        trained = self.local_parameters(rank, trained=True)
+        return 4 * trained + self.itemsize * (self.local_parameters(rank) - trained)
 
     @property
     def itemsize(self) -> int:
@@ -132,7 +155,14 @@ class Plan:
         norms = 4 * width * self.itemsize + 2 * 4  # sums and results of two norms, reciprocal roots
         attention = (2 * q + 2 * kv * keys_per_token) * self.itemsize + softmax
         dropped = 2 * width if self.config.model.dropout else 0  # masks
-        return norms + attention + 3 * inner * self.itemsize + dropped
+        return norms + attention + 3 * inner * self.itemsize + dropped + self._kept_of_adapters()
+
+    def _kept_of_adapters(self) -> float:
+        """Bytes that the adapters of a block keep per token: what is between A and B, and with dropout what A sees."""
+        lora = self.config.lora
+        thin = [shape for name, (shape, _) in self.tensors.items() if ".lora_A." in name]
+        seen = sum(width for _, width in thin) * (self.itemsize + 1) if lora.dropout else 0  # with a mask
+        return sum(rank for rank, _ in thin) * self.itemsize + seen
 
     def activations(self, section: str) -> tuple[float, float]:
         """Bytes that all blocks keep of a micro-batch, and that one block needs beside them while its gradients are
@@ -153,7 +183,7 @@ class Plan:
         keep, forward_rows, backward_rows = head_plan(rows, n_cols, self.dtype, CHUNK_BYTES)
         logits = min(rows, forward_rows) * n_cols * 4
         unit = rows * n_cols * self.itemsize if keep else min(rows, backward_rows) * n_cols * (4 + self.itemsize)
-        return logits + unit + 4 * n_cols * self.shape.hidden_size
+        return logits + unit + (0 if self.n_adapters else 4 * n_cols * self.shape.hidden_size)
 
     def _targets(self) -> int:
         """Most predicted tokens of a micro-batch of pairs."""
@@ -166,15 +196,17 @@ class Plan:
         That is in the head, when all activations are kept; in the backward pass of the last block, when most of them
         are; or in that of the first one, when all gradients are there.
         """
-        parallel, local, layers = self.config.parallel, self.local_parameters(), self.shape.num_hidden_layers
+        parallel, local = self.config.parallel, self.local_parameters(trained=True)
+        layers = self.shape.num_hidden_layers
         _, n_microbatches = self.microbatch(section)
         whole = n_microbatches > 1 and parallel.reduce == "step" and self.machine.n_gpus > 1
-        gradients = 4 * (self.n_parameters if whole else local)
+        gradients = 4 * (self.n_trained if whole else local)
         earlier = gradients if n_microbatches > 1 else 0
         kept, block = self.activations(section)
         weights, root, wide = self.gathered(2), self.gathered(1), 0.0
         if weights:  # as computed, and in fp32 on their way to other ranks; the head's wait for the embedding's
-            wide = (self.itemsize + 4) * self.n_block + self.itemsize * self.shape.vocab_size * self.shape.hidden_size
+            wide = (self.itemsize + 4) * (self.n_adapters or self.n_block)
+            wide += 0 if self.n_adapters else self.itemsize * self.shape.vocab_size * self.shape.hidden_size
         names = ("gradients", "activations", "one block backward", "head", "gathered weights", "gathered gradients")
         moments = (
             (earlier, kept, 0.0, self.head(section), root, 0.0),
@@ -182,7 +214,8 @@ class Plan:
             (gradients, kept / layers, block, 0.0, weights, wide),
         )
         fullest = dict(zip(names, max(moments, key=sum), strict=True))
-        parts = {"parameters": 4 * local, "moments": MOMENT_BYTES[lookup(self.config, section).moments] * local}
+        moments_bytes = MOMENT_BYTES[lookup(self.config, section).moments] * local
+        parts = {"parameters": self.parameter_bytes(), "moments": moments_bytes}
         return parts | fullest | {"reserve": self.assumptions.reserve_gib * GIB}
 
     def gathered(self, n_blocks: int) -> float:
@@ -191,15 +224,18 @@ class Plan:
         parallel, n_gpus = self.config.parallel, self.machine.n_gpus
         if n_gpus == 1 and self.itemsize == 4:
             return 0
+        block = self.n_block + self.n_adapters
+        everything = self.n_root + self.shape.num_hidden_layers * block
         if parallel.reshard == "never":
-            return self.n_parameters * self.itemsize
+            return everything * self.itemsize
         within_node = math.gcd(min(n_gpus, self.machine.per_node), self.shard)
-        shares = self.n_parameters / within_node if parallel.reshard == "node" else 0
-        return (n_blocks * self.n_block + self.n_root + shares) * self.itemsize
+        shares = everything / within_node if parallel.reshard == "node" else 0
+        return (n_blocks * block + self.n_root + shares) * self.itemsize
 
     def hand_over(self) -> Parts:
-        """Bytes of a GPU while trained weights go to the engine; with engine.name=native they go by way of a file."""
-        if self.config.engine.name == "native":
+        """Bytes of a GPU while trained weights go to the engine; with engine.name=native, and merged adapters, they go
+        by way of a file."""
+        if self.config.engine.name == "native" or self.n_adapters:
             return {}
         largest = max(math.prod(shape) for shape, _ in self.tensors.values())
         shares = {"parameters": 4 * self.local_parameters(), "one tensor": 2 * largest * 2}

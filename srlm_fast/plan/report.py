@@ -32,7 +32,8 @@ def report(plan: Plan) -> str:
     lines = [
         f"{plan.n_parameters:,} parameters on {machine.n_gpus} x {machine.name} ({machine.gpu.memory_gib} GiB usable "
         f"each): {plan.replicate} x {plan.shard} (replicate x shard), {str(plan.dtype).removeprefix('torch.')}, "
-        f"checkpointing {parallel.checkpointing}, reduce {parallel.reduce}, moments {plan.config.dpo.moments}; "
+        f"checkpointing {parallel.checkpointing}, {_adapters(plan)}reduce {parallel.reduce}, moments "
+        f"{plan.config.dpo.moments}; "
         + ", ".join("{} {} x {:,} tokens".format(name, *reversed(plan.microbatch(name))) for name in ("sft", "dpo"))
         + " a step and GPU at most.",
         "",
@@ -44,6 +45,12 @@ def report(plan: Plan) -> str:
     if plan.room < 0 <= plan.levers()[1].room:
         heading, plan = "Times with these changes:", plan.levers()[1]
     return "\n".join([*lines, "", heading, "", *_time_table(plan), *_faster(plan), "", *_assumed(plan)])
+
+
+def _adapters(plan: Plan) -> str:
+    if not plan.n_adapters:
+        return ""
+    return f"adapters of rank {plan.config.lora.rank} with {plan.n_trained:,} parameters, "
 
 
 def _memory_table(plan: Plan) -> list[str]:

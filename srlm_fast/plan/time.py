@@ -23,17 +23,20 @@ def step_seconds(plan: Plan, section: str) -> Parts:
     Without the products of attention itself: 1 % of the others at the lengths that are assumed.
     """
     gpu, known, options, shape = plan.machine.gpu, plan.assumptions, lookup(plan.config, section), plan.shape
-    n_gpus, parallel, local = plan.machine.n_gpus, plan.config.parallel, plan.local_parameters()
+    n_gpus, parallel, local = plan.machine.n_gpus, plan.config.parallel, plan.local_parameters(trained=True)
+    gradients, again = 0 if plan.n_adapters else 1, RECOMPUTED[parallel.checkpointing]
     responses = 2 if section == "dpo" else 1
     tokens = options.batch_size * (known.prompt_tokens + responses * known.answer_tokens)
     blocks = 2 * tokens * shape.num_hidden_layers * plan.n_block
     head = 2 * options.batch_size * responses * known.answer_tokens * shape.hidden_size * shape.vocab_size
-    flops = (3 + RECOMPUTED[parallel.checkpointing]) * blocks + 3 * head
+    adapters = 2 * tokens * shape.num_hidden_layers * plan.n_adapters
+    flops = (2 + gradients + again) * blocks + (3 + again) * adapters + (2 + gradients) * head
     peak = gpu.tflops * 1e12 / (1 if plan.itemsize == 2 else 16)  # fp32 without TF32
     n_microbatches = max(1, math.ceil(tokens / n_gpus / options.tokens_per_microbatch))
     reductions = n_microbatches if parallel.reduce == "microbatch" else 1
     gathers = n_microbatches * (1 if parallel.reshard == "never" else 2)
-    moved = plan.n_parameters * (gathers * plan.itemsize + 4 * reductions) * (plan.shard - 1) / plan.shard
+    moved = gathers * plan.itemsize * plan.n_parameters + 4 * reductions * plan.n_trained
+    moved *= (plan.shard - 1) / plan.shard
     transfers = moved / _bandwidth(plan, plan.shard)
     if plan.replicate > 1:
         copies = _bandwidth(plan, n_gpus, one_of_each_node=True)
