@@ -140,7 +140,7 @@ def merge_folders(
     *,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 5 << 30,
-    extra_files: Mapping[str, Path] | Iterable[Path] = (),
+    extra_files: Mapping[str, Path | bytes] | Iterable[Path] = (),
 ) -> None:
     """Write the model that a base and an adapter make together, tensor by tensor, as a plain model folder.
 
@@ -176,7 +176,7 @@ def save_merged(
     *,
     base: str | Path,
     world: World,
-    extra_files: Mapping[str, Path] | Iterable[Path] = (),
+    extra_files: Mapping[str, Path | bytes] | Iterable[Path] = (),
 ) -> None:
     """What a training with adapters leaves: the adapters in a folder, and in fp32 what they make of `base`.
 

@@ -221,7 +221,7 @@ def save_weights(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 << 30,
-    extra_files: Mapping[str, Path] | Iterable[Path] = (),
+    extra_files: Mapping[str, Path | bytes] | Iterable[Path] = (),
 ) -> None:
     """Write a Llama as a model folder, readable by transformers and vLLM. All ranks call it and write files of it.
 
@@ -230,7 +230,7 @@ def save_weights(
         folder: replaced if it holds an earlier model; the same for all ranks.
         dtype: of the tensors in the files; None keeps the parameters' own.
         max_shard_bytes: a file is closed before it would outgrow this; a model that fits is one file without index.
-        extra_files: {name in the folder: file} to copy (`Tokenizer.files`), or files that keep their names.
+        extra_files: {name in the folder: file to copy, or content} (`Tokenizer.files`), or files that keep their names.
 
     Raises:
         UserError: on every rank, as `write_folder`; for a model with adapters.

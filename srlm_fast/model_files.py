@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def write_folder(
     tensors: Iterable[Tensor],
     *,
     max_shard_bytes: int = 5 << 30,
-    extra_files: Mapping[str, Path] | Iterable[Path] = (),
+    extra_files: Mapping[str, Path | bytes] | Iterable[Path] = (),
     ranks: Ranks = Ranks(),
 ) -> None:
     """Write a model folder from a stream of tensors, readable by transformers and vLLM. All ranks call this alike.
@@ -97,7 +98,7 @@ def write_folder(
         specs: all tensors, widest dtype first, so that every tensor is aligned in its file.
         tensors: in `writing_order`, on every rank; while one is written no more than the next is asked for.
         max_shard_bytes: see `divide`.
-        extra_files: {name in the folder: file} to copy, or files that keep their names.
+        extra_files: {name in the folder: file to copy, or content}, or files that keep their names.
         ranks: who writes together; the folder is the same for all of them.
 
     Raises:
@@ -252,7 +253,7 @@ def _write_rest(
     config: LlamaConfig,
     specs: Sequence[Spec],
     max_shard_bytes: int,
-    extra_files: Mapping[str, Path] | Iterable[Path],
+    extra_files: Mapping[str, Path | bytes] | Iterable[Path],
     sums: dict[str, str],
 ) -> None:
     """Index, config.json, the extra files, and the digests of them all."""
@@ -266,7 +267,7 @@ def _write_rest(
     _write_json(folder / "config.json", {**config.to_hf(), "torch_dtype": dtype})
     extra = extra_files.items() if isinstance(extra_files, Mapping) else ((file.name, file) for file in extra_files)
     for name, file in extra:
-        with open(file, "rb") as source, _synced(folder / name) as target:
+        with BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as source, _synced(folder / name) as target:
             shutil.copyfileobj(source, target)
     for file in folder.iterdir():
         sums.setdefault(file.name, digest(file))

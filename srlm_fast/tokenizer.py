@@ -54,7 +54,8 @@ class Tokenizer(ABC):
 
     Attributes:
         name: the file it came from.
-        files: {file name in a model folder: path} of all that is needed to load it again.
+        files: {file name in a model folder: path, or content} of all that is needed to load it again, here and in
+            transformers.
         vocab_size: the highest id plus one.
         special_tokens: {text: id} of the tokens that are no text (bos, eos, ...); `decode` drops them.
         bos_id, eos_id: None where the file names none.
@@ -76,7 +77,8 @@ class Tokenizer(ABC):
         self.name = str(file)
         main_name = "tokenizer.json" if file.suffix == ".json" else "tokenizer.model"
         beside = {name: file.with_name(name) for name in _SIDE_FILES}
-        self.files = {main_name: file, **{name: path for name, path in beside.items() if path.exists()}}
+        self.files: dict[str, Path | bytes] = {main_name: file}
+        self.files |= {name: path for name, path in beside.items() if path.exists()}
         self.chat_template: str | None = settings.get("chat_template")
         self.named_tokens = {key: text for key, text in settings.items() if key.endswith("_token")}
         self.bos_id, self.eos_id = self._named_id("bos"), self._named_id("eos")
@@ -175,6 +177,20 @@ class SentencePieceTokenizer(Tokenizer):
             if getattr(self, f"{key}_id") is None and default >= 0:
                 setattr(self, f"{key}_id", default)
                 self.named_tokens[f"{key}_token"] = self._sp.id_to_piece(default)
+        self.files.setdefault("tokenizer_config.json", self._settings())
+
+    def _settings(self) -> bytes:
+        """tokenizer_config.json for a folder that has none: without it transformers does not know this for Llama's."""
+        settings = {
+            **self.named_tokens,
+            "unk_token": self._sp.id_to_piece(self._sp.unk_id()),
+            "add_bos_token": self.bos_id is not None,
+            "add_eos_token": False,
+            "add_prefix_space": self.adds_space,
+            "legacy": False,
+            "tokenizer_class": "LlamaTokenizer",
+        }
+        return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
 
     def token_id(self, piece: str) -> int | None:
         found = self._sp.piece_to_id(piece)

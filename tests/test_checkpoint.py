@@ -384,6 +384,7 @@ def test_a_model_is_replaced_as_a_whole(tmp_path, folder, sharded, spm_folder):
         "config.json",
         "model.safetensors",
         "tokenizer.model",
+        "tokenizer_config.json",
     ]
     assert load_tokenizer(target).vocab_size == 600
     assert_same_weights(load_model(target), make_model("tied"))

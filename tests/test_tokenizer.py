@@ -83,6 +83,23 @@ def test_sentencepiece_ids_are_llama_2s(spm_folder, shared_data):
     assert tokenizer.vocab_size == 600 and tokenizer.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
 
 
+def test_an_exported_sentencepiece_model_is_llamas_to_transformers(spm_folder, shared_data, tmp_path):
+    """AutoTokenizer on what `files` puts into a model folder: the same ids, bos first, and the text back."""
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(spm_folder)
+    for name, content in tokenizer.files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    peer, again = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    lines = [line for line in shared_data("spm/botchan.txt").read_text().splitlines() if line == line.strip() != ""]
+    for line in lines[:300] + ["日本 x 12345"]:
+        ids = tokenizer.encode(line, bos=True)
+        assert peer(line)["input_ids"] == ids == again.encode(line, bos=True)
+        assert peer.decode(ids, skip_special_tokens=True) == line
+    assert (peer.bos_token_id, peer.eos_token_id, peer.unk_token_id) == (1, 2, 0)
+    assert again.files["tokenizer_config.json"] == tmp_path / "tokenizer_config.json"
+
+
 def test_a_normalising_model_round_trips_to_its_normal_form(shared_data):
     tokenizer = load_tokenizer(shared_data("spm/test_model.model"))
     assert not tokenizer.exact and (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (1000, 1, 2)
@@ -153,7 +170,8 @@ def test_files_are_found_by_folder_file_and_kind(spm_folder, bpe_folder, shared_
     shutil.copy(spm_folder / "tokenizer.model", both)
     assert load_tokenizer(both).name == str(both / "tokenizer.model")
     other = load_tokenizer(shared_data("spm/test_model.model"))
-    assert other.files == {"tokenizer.model": shared_data("spm/test_model.model")}
+    assert list(other.files) == ["tokenizer.model", "tokenizer_config.json"]
+    assert other.files["tokenizer.model"] == shared_data("spm/test_model.model")
     assert load_tokenizer(other.name).vocab_size == load_tokenizer(shared_data("spm")).vocab_size
 
 
