@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from srlm_fast.data.oasst import read_prompts
 from srlm_fast.evaluate import Ranked, judge_metrics, ranks
 
 
@@ -91,6 +92,34 @@ def test_five_best_counts_replies_with_the_best_score():
     assert judge_metrics(items, bootstrap=0)["five_best"] == 3 / 4
     assert judge_metrics(items, best_score=4.5, bootstrap=0)["five_best"] == 4 / 5
     assert judge_metrics(items[1:2], bootstrap=0)["five_best"] is None
+
+
+def test_a_judge_of_known_accuracy_on_open_assistants_ranks(shared_data):
+    """Scores that follow the human ranks, but every third prompt has its best two swapped, the next one score for all
+    and the last reply of the next without a score: each metric is then a count of pairs and prompts."""
+    prompts, _ = read_prompts(shared_data("oasst1/oasst1-en-validation.jsonl"))
+    ranked = [[rank for _, rank in prompt.replies] for prompt in prompts if len(prompt.replies) > 1]
+    swapped, one_score, unscored = ([order for order in ranked[i::3]] for i in range(3))
+    items = [Ranked([5 - r for r in (order[1], order[0], *order[2:])], order) for order in swapped]
+    items += [Ranked([3] * len(order), order) for order in one_score]
+    items += [Ranked([*(5 - r for r in order[:-1]), None], order) for order in unscored]
+    metrics = judge_metrics(items, bootstrap=50)
+
+    def pairs(orders: list[list[int]]) -> int:
+        return sum(math.comb(len(order), 2) for order in orders)
+
+    missing = sum(len(order) - 1 for order in unscored)
+    right = pairs(swapped) - len(swapped) + pairs(unscored) - missing
+    assert min(len(swapped), pairs(swapped), right, missing) > 50 and metrics["instructions"] == len(ranked)
+    assert metrics["pairwise_accuracy"] == pytest.approx(right / pairs(ranked))
+    assert metrics["pairwise_accuracy_decided"] == pytest.approx(right / (right + len(swapped)))
+    assert metrics["tie_rate"] == pytest.approx(pairs(one_score) / (pairs(ranked) - missing))
+    assert metrics["exact_match"] == 0.0
+    assert metrics["exact_match_ties_allowed"] == pytest.approx(len(one_score) / len(ranked))
+    assert metrics["five_best"] == pytest.approx(len(unscored) / (len(swapped) + len(unscored)))
+    assert metrics["unparsable"] == pytest.approx(len(unscored) / sum(map(len, ranked)))
+    low, high = metrics["pairwise_accuracy_interval"]
+    assert low < metrics["pairwise_accuracy"] < high
 
 
 def test_a_perfect_and_a_reversed_judge():

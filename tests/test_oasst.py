@@ -143,6 +143,22 @@ def test_the_split_is_disjoint_and_follows_the_shares():
     assert split.eft_eval != split_prompts(prompts, ift_examples=100, eft_share=0.2, seed=4).eft_eval
 
 
+def test_every_row_of_the_real_file_leads_back_to_its_message_and_no_prompt_is_in_two_parts(shared_data):
+    rows = {row["message_id"]: row for _, row in read_rows(shared_data(REAL))}
+    replies = {(row["parent_id"], row["rank"]): row["text"] for row in rows.values() if not row["deleted"]}
+    split = split_prompts(read_prompts(shared_data(REAL))[0], ift_examples=60, eft_share=0.4)
+    parts = split.ift, split.eft_train, split.eft_eval
+    for example in split.ift:
+        assert example.prompt == rows[example.id]["text"] and example.response == replies[example.id, 0]
+        assert rows[example.id]["parent_id"] is None
+    for prompt in split.eft_train + split.eft_eval:
+        assert prompt.prompt == rows[prompt.id]["text"]
+        assert all(text == replies[prompt.id, rank] for text, rank in prompt.replies)
+    texts = [{" ".join(row.prompt.lower().split()) for row in part} for part in parts]
+    assert [len(of_part) for of_part in texts] == [len(part) for part in parts] and min(map(len, texts)) > 10
+    assert len(set.union(*texts)) == sum(map(len, texts))
+
+
 def test_the_defaults_give_the_papers_numbers():
     """3,962 prompts: 3,200 for IFT and some 2,171 ranked replies (2.85 a prompt) for EFT, a quarter held out."""
     split = split_prompts(many(3962))
