@@ -400,4 +400,5 @@ def test_stopped_while_it_generates(tmp_path, ranks):
         process.wait(timeout=60)
     assert log.read_text().count("stopped; the same command goes on from here") == 1
     assert process.returncode == (1 if ranks else 143)
-    assert set(re.findall(r"exitcode +: (-?\d+)", log.read_text())) == ({"143"} if ranks else set())
+    codes = set(re.findall(r"exitcode +: (-?\d+)", log.read_text()))
+    assert codes in ({"143"}, {"143", "75"}) if ranks else not codes  # 75: had no signal of its own
