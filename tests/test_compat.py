@@ -281,7 +281,7 @@ def test_what_is_not_supported_is_refused_by_name(tokenizer, given, message):
 def test_trainers_refuse_by_name(tokenizer):
     options = {"train_dataset": PAIRS, "processing_class": tokenizer}
     cases = {
-        "peft_config is not supported: all weights": {"peft_config": object()},
+        "peft_config is not supported: train adapters": {"peft_config": object()},
         "callbacks is not supported: use Trainer": {"callbacks": [object()]},
         "unknown argument 'eval_data'": {"eval_data": PAIRS},
         "train_dataset is needed": {"train_dataset": None},

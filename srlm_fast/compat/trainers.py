@@ -32,7 +32,7 @@ _REFUSED = {
     "callbacks": "use Trainer(on_step=..., should_stop=..., evaluation=...) of srlm_fast.trainer",
     "optimizers": "the optimizer is AdamW, its schedule that of the arguments",
     "quantization_config": "weights are fp32 while they are trained",
-    "peft_config": "all weights are trained; adapters are not there",
+    "peft_config": "train adapters by scripts/train.py lora.rank=..., or by srlm_fast.lora.add_adapters",
     "preprocess_logits_for_metrics": "logits are never formed whole",
     "compute_loss_func": "register the loss: docs/losses.md",
     "formatting_func": "prepare the rows before",
