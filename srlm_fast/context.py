@@ -102,7 +102,7 @@ class Context:
 
     def examples(self, name: str) -> list[Example]:
         """Prompts with responses, from a jsonl file of the run."""
-        return [Example(**row) for row in self.rows(name)]
+        return [Example(row["id"], row["prompt"], row["response"]) for row in self.rows(name)]
 
     def ranked(self, name: str) -> list[RankedPrompt]:
         """Prompts with ranked replies, from a jsonl file of the run."""

@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from srlm_fast.data import Example, RankedPrompt
 from srlm_fast.errors import UserError
@@ -17,11 +18,19 @@ from srlm_fast.judge import TEMPLATE, Judgement, judge_prompt
 
 @dataclass(frozen=True)
 class EftExample:
-    """An accepted evaluation: judge prompt and target text, with the score it ends in and the human rank."""
+    """An accepted evaluation: judge prompt and target text, with the score it ends in and the human rank.
+
+    attempt: which of the attempts, from 0, it is of.
+    """
 
     example: Example
     score: float
     rank: int
+    attempt: int = 0
+
+    def origin(self) -> dict[str, Any]:
+        """What is kept of it beside the example."""
+        return {"score": self.score, "rank": self.rank, "attempt": self.attempt}
 
 
 def accept(
@@ -47,20 +56,21 @@ def accept(
     if scope not in ("prompt", "reply") or ties not in ("strict", "allow"):
         raise UserError(f'eft.scope is "{scope}", eft.ties "{ties}"; allowed are "prompt"/"reply" and "strict"/"allow"')
     ranks = [rank for _, rank in prompt.replies]
-    taken: dict[int, Judgement] = {}
-    for judgements in attempts:
+    taken: dict[int, tuple[int, Judgement]] = {}
+    for attempt, judgements in enumerate(attempts):
         scores = [None if judgement.finish_reason == "length" else judgement.score for judgement in judgements]
         agreeing = [i for i in range(len(ranks)) if _agrees(i, scores, ranks, ties)]
         if scope == "reply" or len(agreeing) == len(ranks):
             for i in agreeing:
-                taken.setdefault(i, judgements[i])
+                taken.setdefault(i, (attempt, judgements[i]))
         if len(taken) == len(ranks):
             break
     return [
         EftExample(
-            Example(f"{prompt.id}/{i}", judge_prompt(prompt.prompt, reply, template), taken[i].text.strip()),
-            taken[i].score,
+            Example(f"{prompt.id}/{i}", judge_prompt(prompt.prompt, reply, template), taken[i][1].text.strip()),
+            taken[i][1].score,
             rank,
+            taken[i][0],
         )
         for i, (reply, rank) in enumerate(prompt.replies)
         if i in taken

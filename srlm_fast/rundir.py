@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from srlm_fast.errors import Interrupted, UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _DIGEST_LIMIT = 64 << 20
 """Files above this size (weights) are checked by size only when a run is resumed."""
 

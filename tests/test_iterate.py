@@ -154,6 +154,38 @@ def check_card(run_dir: Path, iterations: int) -> None:
 
 
 @pytest.mark.slow
+def test_rows_tell_where_they_come_from(undisturbed):
+    """Pairs to prompts, prompts to requests and their demonstrations, EFT examples to judgements."""
+
+    def rows(pattern: str) -> list[dict]:
+        files = sorted(undisturbed.glob(pattern))
+        return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+    ift = {row["id"] for row in rows("data/ift.jsonl")}
+    for t in (1, 2):
+        requests = {row["request"]: row for row in rows(f"m{t}/prompts/round-*.jsonl")}
+        prompts = {row["id"]: row for row in rows(f"m{t}/prompts.jsonl")}
+        for row in prompts.values():
+            request = requests[row["request"]]
+            assert " ".join(row["prompt"].split()[:3]) in " ".join(request["text"].split())
+            assert row["shots"] == request["shots"] and len(row["shots"]) == 8
+            earlier = {other["id"] for other in prompts.values() if other["request"] < row["request"]}
+            assert set(row["shots"]) <= ift | earlier
+        for pair in rows(f"m{t}/pairs.jsonl"):
+            assert prompts[pair["prompt_id"]]["prompt"] == pair["prompt"]
+            assert pair["weights_id"] == weights_id(undisturbed / f"models/m{t}")
+    found = json.loads((undisturbed / "phases/eft/judge.json").read_text())["counts"]["weights_id"]
+    assert found == weights_id(undisturbed / "models/sft")[:16]
+    judged = {row["id"]: row["judgements"] for row in rows("eft/judge/shard-*.jsonl")}
+    ranked = {row["id"]: row["replies"] for row in rows("data/eft_train.jsonl")}
+    for row in rows("eft/train.jsonl"):
+        prompt, _, place = row["id"].rpartition("/")
+        judgement = judged[prompt][int(place)][row["attempt"]]
+        assert judgement["text"].strip() == row["response"] and judgement["score"] == row["score"]
+        assert ranked[prompt][int(place)][1] == row["rank"]
+
+
+@pytest.mark.slow
 def test_the_data_card_adds_up(undisturbed):
     check_card(undisturbed, iterations=2)
 

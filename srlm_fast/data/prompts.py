@@ -114,15 +114,21 @@ class PromptPool:
                 f"{generated_shots}; lower these or add IFT data"
             )
 
-    def request(self, index: int) -> str:
-        """The text of request `index`: demonstrations drawn by (seed, index) from the pool as it is, in drawn order.
+    def shots(self, index: int) -> list[tuple[str, int]]:
+        """The demonstrations of request `index`: ("seeds" or "accepted", place there), drawn by (seed, index).
 
         While fewer than `generated_shots` prompts are accepted, IFT prompts fill their places.
         """
         rng = random.Random(f"{self.seed}/{index}")
-        generated = rng.sample(self.accepted, min(self.generated_shots, len(self.accepted)))
-        shots = generated + rng.sample(self.seeds, self.ift_shots + self.generated_shots - len(generated))
+        accepted = rng.sample(range(len(self.accepted)), min(self.generated_shots, len(self.accepted)))
+        seeds = rng.sample(range(len(self.seeds)), self.ift_shots + self.generated_shots - len(accepted))
+        shots = [*(("accepted", place) for place in accepted), *(("seeds", place) for place in seeds)]
         rng.shuffle(shots)
+        return shots
+
+    def request(self, index: int) -> str:
+        """The text of request `index`: its demonstrations from the pool as it is, in drawn order."""
+        shots = [getattr(self, kind)[place] for kind, place in self.shots(index)]
         lines = [f"{number}. {' '.join(shot.split())}" for number, shot in enumerate(shots, 1)]
         return self.template.replace("{tasks}", "\n".join([*lines, f"{len(shots) + 1}."]))
 

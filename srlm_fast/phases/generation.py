@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from srlm_fast import eft
+from srlm_fast.checkpoint import weights_id
 from srlm_fast.context import Context
 from srlm_fast.data import RankedPrompt, read_rows
 from srlm_fast.data.prompts import PromptPool
@@ -55,7 +56,8 @@ def judge_eft(run: Context) -> PhaseResult:
     judge = Judge(run.chat, replace(config.judge, mode="cot"), config.model.max_seq_len, n=config.eft.attempts)
     prompts = run.ranked("data/eft_train.jsonl")
     files = judge_ranked(run, "eft/judge", run.weights("sft"), prompts, judge)
-    return files, {"prompts": len(prompts), "replies": sum(len(p.replies) for p in prompts)}
+    counts = {"prompts": len(prompts), "replies": sum(len(p.replies) for p in prompts)}
+    return files, {**counts, "weights_id": run.main(lambda: weights_id(run.weights("sft")))[:16]}
 
 
 def attempts_of(replies: Sequence[Sequence[dict[str, Any]]]) -> Iterator[tuple[Judgement, ...]]:
@@ -92,7 +94,7 @@ def select_eft(run: Context) -> PhaseResult:
                 "eft/select: no judgement of the SFT baseline agrees with the humans; M1 learns from IFT alone",
                 flush=True,
             )
-        write_jsonl(path, (asdict(row.example) for row in kept))
+        write_jsonl(path, ({**asdict(row.example), **row.origin()} for row in kept))
         return {"accepted": len(accepted), **removed, "kept": len(kept), "scores": eft.histogram(kept)}
 
     return [path], run.main(select)
@@ -107,13 +109,14 @@ def new_prompts(run: Context, t: int) -> PhaseResult:
     engine = run.engine(run.generator(t))
     pool = _pool(run, t)
     asked = rounds = 0
+    origins: list[dict[str, Any]] = []  # of the accepted prompts
     with progress(name, options.count, unit="prompts", enabled=run.world.is_main) as advance:
         while len(pool.accepted) < options.count and asked < options.max_requests * options.count:
             indices = range(asked, asked + options.requests_per_round)
-            for text, finish_reason in _round(
-                run, engine, pool, indices, run.run_dir / f"{name}/round-{rounds:04d}.jsonl"
-            ):
-                advance(len(pool.add(text, finish_reason)))
+            for row in _round(run, engine, pool, indices, t, run.run_dir / f"{name}/round-{rounds:04d}.jsonl"):
+                accepted = pool.add(row["text"], row["finish_reason"])
+                origins += [{"request": row["request"], "shots": row["shots"]}] * len(accepted)
+                advance(len(accepted))
             asked, rounds = indices.stop, rounds + 1
     kept = min(len(pool.accepted), options.count)
     counts = {"requests": asked, **{rule: n for rule, n in pool.counts.items() if n}, "kept": kept}
@@ -123,10 +126,14 @@ def new_prompts(run: Context, t: int) -> PhaseResult:
             "completed their demonstrations are too long (prompts.ift_shots, model.max_seq_len), if few prompts were "
             "accepted look at the filters (prompts.rouge_threshold) or take another prompts.generator"
         )
-    rows = [{"id": f"m{t}-{i:06d}", "prompt": text} for i, text in enumerate(pool.accepted[:kept])]
+    rows = [{"id": _prompt_id(t, i), "prompt": pool.accepted[i], **origins[i]} for i in range(kept)]
     path = run.run_dir / f"{name}.jsonl"
     run.main(lambda: write_jsonl(path, rows))
     return [path], counts
+
+
+def _prompt_id(t: int, place: int) -> str:
+    return f"m{t}-{place:06d}"
 
 
 def _pool(run: Context, t: int) -> PromptPool:
@@ -152,13 +159,13 @@ def _pool(run: Context, t: int) -> PromptPool:
     )
 
 
-def _round(run: Context, engine: Any, pool: PromptPool, indices: range, file: Path) -> list[tuple[str, str]]:
-    """(text, finish reason) of the completions of one round, from its file or shared out among the ranks.
+def _round(run: Context, engine: Any, pool: PromptPool, indices: range, t: int, file: Path) -> list[dict[str, Any]]:
+    """The completions of one round, from its file or shared out among the ranks, as the file's rows.
 
     A request whose demonstrations are too long for model.max_seq_len is left out.
     """
     if run.main(file.exists):
-        return [(row["text"], row["finish_reason"]) for _, row in read_rows(file)]
+        return [row for _, row in read_rows(file)]
     options = run.config.prompts
     last_item = re.compile(
         rf"\n\s*{options.ift_shots + options.generated_shots + options.prompts_per_request + 1}[.):]"
@@ -185,9 +192,13 @@ def _round(run: Context, engine: Any, pool: PromptPool, indices: range, file: Pa
         whole = rest or not options.drop_cut_off
         done[completion.request.metadata] = (text, "stop" if whole else completion.finish_reason)
     everything = {i: result for part in run.world.gather(done) for i, result in part.items()}
-    ordered = [everything[i] for i in indices if i in everything]
-    run.main(lambda: write_jsonl(file, ({"text": text, "finish_reason": reason} for text, reason in ordered)))
-    return ordered
+    seeds = [example.id for example in run.examples("data/ift.jsonl")]
+    rows = []
+    for i in (i for i in indices if i in everything):
+        shots = [seeds[place] if kind == "seeds" else _prompt_id(t, place) for kind, place in pool.shots(i)]
+        rows.append({"request": i, "shots": shots, "text": everything[i][0], "finish_reason": everything[i][1]})
+    run.main(lambda: write_jsonl(file, rows))
+    return rows
 
 
 def candidates(run: Context, t: int) -> PhaseResult:
