@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from srlm_fast.errors import UserError
+from srlm_fast.judge import fill_template, read_template
 
 TEMPLATE = """\
 A person wrote the message below to two assistants, and each of them gave an output. Decide which output that person \
@@ -41,7 +42,6 @@ prefer, [[B]] if it is output B, [[tie]] if neither is better.
 """
 
 Result = Literal["win", "tie", "loss"]
-_PLACE = re.compile(r"\{(instruction|a|b)\}")
 _CHOICE = re.compile(r"\[\[\s*(a|b|c|tie)\s*\]\]", re.I)
 
 
@@ -60,23 +60,13 @@ def load_template(path: str | Path | None = None) -> str:
 
     Raises UserError when the file cannot be read or lacks {instruction}, {a} or {b}.
     """
-    if path is None:
-        return TEMPLATE
-    try:
-        template = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the pairwise template ({error})") from None
-    missing = {"instruction", "a", "b"} - set(_PLACE.findall(template))
-    if missing:
-        places = " and ".join(f"{{{name}}}" for name in sorted(missing))
-        raise UserError(f"{path}: the pairwise template has no place {places}; write it where that text belongs")
-    return template
+    return TEMPLATE if path is None else read_template(path, ("instruction", "a", "b"), "pairwise")
 
 
 def pairwise_prompt(instruction: str, a: str, b: str, template: str = TEMPLATE) -> str:
     """The prompt that asks which of two outputs is better. Braces in the texts stay as they are."""
     texts = {"instruction": instruction, "a": a, "b": b}
-    return _PLACE.sub(lambda place: texts[place[1]], template)
+    return fill_template(template, texts)
 
 
 def parse_choice(text: str) -> Literal["a", "b", "tie"] | None:

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "endpoint": {"config", "engine", "judge", "rollout"},
     "shards": {"rundir"},
     "claims": {"parallel", "progress", "rundir", "shards"},
-    "head_to_head": set(),
+    "head_to_head": {"judge"},
     "world": set(),
     "world_corpus": {"world"},
     "progress": set(),

@@ -22,6 +22,7 @@ from srlm_fast.engine.base import Request
 from srlm_fast.errors import UserError
 from srlm_fast.evaluation.answers import model_name
 from srlm_fast.evaluation.run import Evaluation, Speaker
+from srlm_fast.judge import fill_template, read_template
 from srlm_fast.rundir import write_json, write_jsonl
 from srlm_fast.seeds import derive_seed
 
@@ -40,7 +41,6 @@ exactly this form: "Rating: [[number]]", for example "Rating: [[6]]".
 TEMPLATE_NAME = "single-srlm-v1"
 """Second part of the field `judge` of a judgement made with `TEMPLATE`."""
 _RATING = re.compile(r"\[\[\s*([0-9]+(?:\.[0-9]+)?)\s*\]\]")
-_PLACE = re.compile(r"\{(conversation|reference)\}")
 
 
 def load_questions(path: str | Path) -> list[dict[str, Any]]:
@@ -164,17 +164,7 @@ def load_template(path: str | Path | None = None) -> str:
 
     Raises UserError when the file cannot be read or lacks {conversation} or {reference}.
     """
-    if path is None:
-        return TEMPLATE
-    try:
-        template = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the rating template ({error})") from None
-    missing = {"conversation", "reference"} - set(_PLACE.findall(template))
-    if missing:
-        places = " and ".join(f"{{{name}}}" for name in sorted(missing))
-        raise UserError(f"{path}: the rating template has no place {places}; write it where that text belongs")
-    return template
+    return TEMPLATE if path is None else read_template(path, ("conversation", "reference"), "rating")
 
 
 def rating_prompt(
@@ -191,7 +181,7 @@ def rating_prompt(
     for i, reference in enumerate(references[: len(answers)], start=1):
         known.append(block(f"Correct answer to turn {i}", reference))
     texts = {"conversation": "\n".join(spoken), "reference": "\n" + "\n".join(known) if known else ""}
-    return _PLACE.sub(lambda place: texts[place[1]], template)
+    return fill_template(template, texts)
 
 
 def parse_rating(text: str) -> float:
