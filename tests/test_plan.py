@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import memory_case
 import pytest
@@ -110,9 +111,8 @@ def test_a_rank_needs_what_is_planned(tmp_path):
         assert 0.75 * planned < found[policy] < 1.05 * planned, (policy, found[policy], parts)
 
 
-@pytest.mark.parametrize("policy", ["none", "selective", "full"])
-def test_blocks_keep_what_is_said(policy):
-    """Bytes alive between forward and backward grow with the number of blocks as `kept_per_token` says."""
+def small_case() -> tuple[LlamaConfig, Any]:
+    """A shape and a pair of responses to one prompt."""
     shape = LlamaConfig(
         vocab_size=500,
         hidden_size=128,
@@ -121,7 +121,13 @@ def test_blocks_keep_what_is_said(policy):
         num_key_value_heads=2,
         head_dim=32,
     )
-    batch = pack([Item(tuple(range(300)), (tuple(range(106)), tuple(range(100, 190))))])
+    return shape, pack([Item(tuple(range(300)), (tuple(range(106)), tuple(range(100, 190))))])
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_blocks_keep_what_is_said(policy):
+    """Bytes alive between forward and backward grow with the number of blocks as `kept_per_token` says."""
+    shape, batch = small_case()
 
     def kept(layers: int) -> int:
         llama = Llama(replace(shape, num_hidden_layers=layers)).train()
@@ -140,15 +146,7 @@ def test_blocks_keep_what_is_said(policy):
 
 def test_blocks_with_adapters_keep_what_is_said():
     """Bytes of all tensors that autograd holds for the backward pass of a block, dropout before A or not."""
-    shape = LlamaConfig(
-        vocab_size=500,
-        hidden_size=128,
-        intermediate_size=352,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-    )
-    batch = pack([Item(tuple(range(300)), (tuple(range(106)), tuple(range(100, 190))))])
+    shape, batch = small_case()
 
     def kept(layers: int, lora: LoraConfig) -> int:
         model = add_adapters(Llama(replace(shape, num_hidden_layers=layers)), lora).train()
