@@ -214,8 +214,8 @@ def fill(
 ) -> ReferenceCache:
     """The log-probabilities of all items: those in the cache folder, and the others computed now, dropout off.
 
-    Every rank calls this alike, computes its share and writes it in parts, at least one a minute; a killed computation
-    goes on from there. The model is loaded only where something is missing.
+    Every rank calls this alike, computes its share and writes it in parts, at least one a minute and one when
+    `progress` raises; the same call goes on from there. The model is loaded only where something is missing.
 
     Args:
         folder: of parts; made where it does not exist.
@@ -234,13 +234,15 @@ def fill(
         plan = split_batch([items[i].n_tokens for i in missing], tokens_per_microbatch, world.size)
         mine = [[missing[i] for i in per_rank[world.rank]] for per_rank in plan]
         part, started = ReferenceCache(weights_id), time.monotonic()
-        for value in compute(load_model(), items, weights_id, mine, device=world.device, progress=progress):
-            part.update([value])
-            if time.monotonic() - started > SECONDS_PER_PART:
+        try:
+            for value in compute(load_model(), items, weights_id, mine, device=world.device, progress=progress):
+                part.update([value])
+                if time.monotonic() - started > SECONDS_PER_PART:
+                    part.add_part(folder)
+                    part, started = ReferenceCache(weights_id), time.monotonic()
+        finally:  # also where `progress` says to stop
+            if len(part):
                 part.add_part(folder)
-                part, started = ReferenceCache(weights_id), time.monotonic()
-        if len(part):
-            part.add_part(folder)
     world.barrier()
     return ReferenceCache.read_parts(folder, weights_id).restricted(items)
 
