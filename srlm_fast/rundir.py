@@ -48,7 +48,8 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder of the path may be a file
+            temporary.unlink()
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or fix permissions, then start again"
         ) from error

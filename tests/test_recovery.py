@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from srlm_fast.checkpoint import load_model
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.parallel import World
 from srlm_fast.rundir import digest
+from srlm_fast.trainer import checkpoints
+from srlm_fast.trainer.storage import Writer
 
 CASE = str(Path(__file__).with_name("recovery_case.py"))
 
@@ -173,6 +176,17 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(stopped, tmp_path, c
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert not (stopped / "ran").exists()
     assert sorted(path.name for path in stopped.glob("*step*")) == ["step-4", "step-5"]
+
+
+def test_the_cause_behind_the_error_of_torchs_writer_is_told(tmp_path):
+    """Of a disk that is full within a tensor it only says that it is not where it should be in its file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        written = Writer(None, background=False, pinned=False).begin({"x": torch.zeros(100_000)}, tmp_path / "state")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoints._cause(written.exception()) == "File too large"
 
 
 def test_values_that_run_commands_are_not_loaded(stopped):

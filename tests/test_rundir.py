@@ -42,6 +42,12 @@ def atomic_file_on(device):
     return atomic_file(Full(device + "-target"))
 
 
+def test_a_folder_below_a_file_is_one_clear_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*run.json: Not a directory"):
+        write_json(tmp_path / "file/run/run.json", {})
+
+
 def test_phase_is_done_only_while_its_files_are_intact(tmp_path):
     run = RunDir(tmp_path / "run")
     run.open({"seed": 1}, {})

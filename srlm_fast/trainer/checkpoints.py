@@ -292,8 +292,11 @@ def _cause(error: BaseException) -> str:
     failures = getattr(error, "failures", None) or {0: error}
     first = next(iter(failures.values()))
     first = first[0] if isinstance(first, tuple) else first
-    if isinstance(first, OSError) and first.strerror:
-        return first.strerror
+    behind = first  # torch's writer says of a full disk only that it is not where it should be in its file
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.strerror:
+            return behind.strerror
+        behind = behind.__cause__ or behind.__context__
     if isinstance(first, UserError):
         return str(first)
     return f"{type(first).__name__} {first}".strip().splitlines()[0]

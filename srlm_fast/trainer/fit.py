@@ -17,7 +17,7 @@ from torch import nn
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.packing import Item, epoch_order
-from srlm_fast.parallel import World, place_in_copy, sharding_of
+from srlm_fast.parallel import World, place_in_copy, sharding_of, whole_tensors
 from srlm_fast.reference import ReferenceCache
 from srlm_fast.rundir import write_json
 from srlm_fast.seeds import derive_seed
@@ -233,9 +233,12 @@ class Trainer:
                 write_json(path, found | self._shown(batch))
         self._skipped_in_a_row += 1
         if self.on_nonfinite == "stop" or self._skipped_in_a_row == MOST_SKIPPED:
+            why = "Lower the learning rate or look at the data"
+            if broken := next((name for name, p in whole_tensors(self.model) if not p.isfinite().all()), None):
+                why = f"The model is broken: {broken} has values that are not finite. Train another one"
             raise UserError(
                 f"{self.config.loss} step {step + 1}: loss is {loss}, gradient norm {grad_norm}; nothing was updated "
-                f"with it{kept}. Lower the learning rate or look at the data; the last checkpoint is kept"
+                f"with it{kept}. {why}; the last checkpoint is kept"
             )
 
     def _shown(self, batch: Sequence[int]) -> dict[str, list[dict]]:
