@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from srlm_fast.chat import ChatFormat, Message, chat_format
-from srlm_fast.data import formats, read_rows
+from srlm_fast.data import check_file, formats, read_rows
 from srlm_fast.errors import UserError
 from srlm_fast.losses import Objective
 from srlm_fast.packing import Item
@@ -138,7 +138,11 @@ def read_items(
             data.items.append(item)
     _stop_if(data, on_bad_row)
     if not data.items:
-        raise UserError(f"no row can be trained on: {data.summary()}")
+        files = source if _are_paths(source) else [source] if isinstance(source, (str, Path)) else ["the data"]
+        raise UserError(
+            f"no row of {', '.join(map(str, files))} can be trained on: {data.summary()}; an item has at most "
+            f"{max_length} tokens of a prompt with one response, and {max_tokens} in all"
+        )
     if group_prompts:
         data.items = _grouped(data.items, max_tokens)
     return data
@@ -163,15 +167,19 @@ def _stop_if(data: Data, on_bad_row: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- sources
 
+_OTHER_FILES = (".csv", ".tsv", ".arrow", ".feather", ".xlsx")
+
 
 def _rows(source: Any) -> Iterator[tuple[str, Any]]:
     """(where it is, row) of every row."""
     if isinstance(source, (str, Path)):
         path = Path(source)
+        if path.suffix in _OTHER_FILES:
+            raise UserError(f"{path}: rows are read from .jsonl, .json (gzipped or not) and .parquet; convert it")
         yield from (_parquet(path) if path.suffix == ".parquet" else read_rows(path))
     elif isinstance(source, Mapping):
         raise UserError(f"several data sets ({', '.join(map(str, source))}) where one is needed; name one of them")
-    elif isinstance(source, (list, tuple)) and source and all(isinstance(part, (str, Path)) for part in source):
+    elif _are_paths(source):
         for part in source:
             yield from _rows(part)
     elif hasattr(source, "columns") and hasattr(source, "to_dict"):  # pandas
@@ -186,13 +194,16 @@ def _rows(source: Any) -> Iterator[tuple[str, Any]]:
             yield f"rows[{index}]", row
 
 
+def _are_paths(source: Any) -> bool:
+    return isinstance(source, (list, tuple)) and bool(source) and all(isinstance(part, (str, Path)) for part in source)
+
+
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{path} needs the pyarrow package: pip install pyarrow") from error
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    check_file(path)
     try:
         index = 0
         with pyarrow.parquet.ParquetFile(path) as file:

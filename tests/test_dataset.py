@@ -86,6 +86,10 @@ def test_datasets(plain):
 def test_sources_that_are_none(tmp_path, plain):
     with pytest.raises(UserError, match="no such file"):
         read(tmp_path / "absent.jsonl", plain)
+    with pytest.raises(UserError, match=f"{tmp_path}: a folder; name the files in it"):
+        read(tmp_path, plain)
+    with pytest.raises(UserError, match="x.csv: rows are read from .jsonl, .json"):
+        read(tmp_path / "x.csv", plain)
     with pytest.raises(UserError, match="files or rows, got int"):
         read(3, plain)
     with pytest.raises(UserError, match=r"several data sets \(train\)"):
@@ -163,7 +167,9 @@ def test_bad_rows_are_counted_with_their_places_or_stopped_at(tmp_path, plain):
         for rows in ([PAIR, row, PAIR], [PAIR, row]):
             with pytest.raises(UserError, match=f"x.jsonl:2: {reason} .*mend the row"):
                 read(write(tmp_path / "x.jsonl", *rows), plain, on_bad_row="stop")
-    with pytest.raises(UserError, match=r"no row can be trained on: 0 of 1 rows, empty_reply 1 \(x.jsonl:1\)"):
+    with pytest.raises(
+        UserError, match=r"no row of .*x.jsonl can be trained on: 0 of 1 .* empty_reply 1 \(x.jsonl:1\);"
+    ):
         read(write(tmp_path / "x.jsonl", BAD["empty_reply"]), plain)
     with pytest.raises(UserError, match="on_bad_row='ignore': must be one of drop, stop"):
         read([PAIR], plain, on_bad_row="ignore")

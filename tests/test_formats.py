@@ -1,5 +1,6 @@
 import gzip
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -152,11 +153,13 @@ def test_demonstrations_and_several_replies(tmp_path, raw, prompt, replies, labe
         ({"chosen_score": 4.0, "rejected_score": 2.0}, 0.8807970779778823),
         ({"score_chosen": 1, "score_rejected": 1}, 0.5),
         ({"chosen_score": -2000.0, "rejected_score": 2000.0}, 0.0),
+        ({"chosen_score": math.nan, "rejected_score": 2.0}, None),
+        ({"chosen_score": 2.0, "rejected_score": None, "label": math.nan}, None),
     ],
 )
 def test_labels_of_pairs(tmp_path, columns, label):
     (row,), _ = parse(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b", **columns})
-    assert row.labels == pytest.approx((label, 1 - label))
+    assert row.labels == (() if label is None else pytest.approx((label, 1 - label)))
 
 
 def test_what_a_row_lacks_is_named(tmp_path):
@@ -164,6 +167,12 @@ def test_what_a_row_lacks_is_named(tmp_path):
         parse(tmp_path, {"prompt": "q", "chosen": "a"})
     with pytest.raises(UserError, match="'prompt' is missing"):
         parse(tmp_path, {"completion": "a", "label": True})
+    with pytest.raises(UserError, match="label is 'good', not true, false, 1 or 0"):
+        parse(tmp_path, {"prompt": "q", "completion": "a", "label": "good"})
+    with pytest.raises(UserError, match="the role 'tool' is none of human, user"):
+        parse(tmp_path, {"prompt": [{"role": "tool", "content": "x"}]})
+    with pytest.raises(UserError, match="a message or reply is a text, not list"):
+        parse(tmp_path, {"prompt": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]})
 
 
 def test_kinds(tmp_path):

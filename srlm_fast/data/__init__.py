@@ -44,13 +44,18 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
     missing or unreadable file and for broken JSON or text, naming the line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    check_file(path)
     try:
         with _open(path) as file:
             yield from (_array if path.name.removesuffix(".gz").endswith(".json") else _lines)(path, file)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read to its end ({error})") from None
+
+
+def check_file(path: Path) -> None:
+    """Raises UserError when there is no file."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'a folder; name the files in it' if path.is_dir() else 'no such file'}")
 
 
 def _open(path: Path) -> BinaryIO:
@@ -78,6 +83,7 @@ def _parse(raw: bytes, where: str) -> Any:
         return json.loads(raw.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         line = "" if where.rpartition(":")[2].isdigit() else f", line {error.lineno}"
-        raise UserError(f"{where}: broken JSON ({error.msg}{line} at column {error.colno})") from None
+        what = error.msg.removesuffix(" at")
+        raise UserError(f"{where}: broken JSON ({what}{line} at column {error.colno})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None

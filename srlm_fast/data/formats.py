@@ -112,8 +112,8 @@ def parse(
                 skipped.setdefault(str(reason), []).append(name)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             keys = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
-            lacks = f"; {error} is missing" if isinstance(error, KeyError) and isinstance(raw, dict) else ""
-            raise UserError(f"{where}: a row of no known layout; its keys: {keys}{lacks}") from None
+            why = f"; {error}{' is missing' * isinstance(error, KeyError)}" if isinstance(raw, dict) else ""
+            raise UserError(f"{where}: a row of no known layout; its keys: {keys}{why}") from None
         else:
             counts["kept"] += 1
             yield row
@@ -136,7 +136,7 @@ def _parse(raw: Any, name: str) -> Row:
     if "label" not in raw:
         return Row(name, prompt, replies=(reply,))
     if not isinstance(raw["label"], bool) and raw["label"] not in (0, 1):
-        raise ValueError("label")
+        raise ValueError(f"label is {raw['label']!r}, not true, false, 1 or 0")
     return Row(name, prompt, chosen=reply) if raw["label"] else Row(name, prompt, rejected=reply)
 
 
@@ -184,19 +184,24 @@ _SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"
 
 def _pair_labels(raw: dict[str, Any]) -> tuple[float, ...]:
     """The probabilities that each reply is the better one, where the row tells; an unknown score tells nothing."""
-    if isinstance(raw.get("label"), (int, float)):
+    if _is_known(raw.get("label")):
         return _label(raw["label"]), 1.0 - _label(raw["label"])
     for names in _SCORES:
         scores = [raw.get(name) for name in names]
-        if all(isinstance(score, (int, float)) for score in scores):
+        if all(map(_is_known, scores)):
             better = 1 / (1 + math.exp(min(700.0, scores[1] - scores[0])))
             return better, 1.0 - better
     return ()
 
 
+def _is_known(value: Any) -> bool:
+    """Whether it is a number; in tables NaN stands for none."""
+    return isinstance(value, (int, float)) and not math.isnan(value)
+
+
 def _label(value: Any) -> float:
     if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
-        raise ValueError("label")
+        raise ValueError(f"label {value!r} is no number from 0 to 1")
     return float(value)
 
 
@@ -205,7 +210,7 @@ def _several(raw: dict[str, Any], name: str) -> Row:
     replies = tuple(_reply(reply) for reply in raw["responses"])
     labels = tuple(_label(label) for label in raw.get("labels") or ())
     if not replies or (labels and len(labels) != len(replies)):
-        raise ValueError("responses")
+        raise ValueError(f"{len(replies)} responses, {len(labels)} labels")
     return Row(name, _prompt(raw["prompt"]), replies=replies, labels=labels)
 
 
@@ -242,6 +247,8 @@ def _single(raw: dict[str, Any]) -> tuple[list[Message], str]:
 def _prompt(value: str | list[Any] | None) -> list[Message]:
     if value is None:
         raise _Skip("empty_prompt")
+    if not isinstance(value, (str, list)):
+        raise TypeError(f"a prompt is a text or a list of messages, not {type(value).__name__}")
     return as_messages(value) if isinstance(value, str) else [_message(message) for message in value]
 
 
@@ -253,18 +260,20 @@ def _reply(value: Any) -> str:
         return value
     message = _message(value[0] if isinstance(value, list) and len(value) == 1 else value)
     if message["role"] != "assistant":
-        raise ValueError("a reply by another role")
+        raise ValueError(f"a reply by the role {message['role']!r}")
     return message["content"]
 
 
-def _message(raw: dict[str, Any]) -> Message:
+def _message(raw: Any) -> Message:
+    if not isinstance(raw, dict):
+        raise TypeError(f"a message is a mapping of role and content, not {type(raw).__name__}")
     role, content = (raw["from"], raw["value"]) if "from" in raw else (raw["role"], raw["content"])
     if role not in _ROLES:
-        raise ValueError(f"role {role!r}")
+        raise ValueError(f"the role {role!r} is none of {', '.join(_ROLES)}")
     return {"role": _ROLES[role], "content": _text(content or "")}
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError("not a text")
+        raise TypeError(f"a message or reply is a text, not {type(value).__name__}")
     return value
