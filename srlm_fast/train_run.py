@@ -24,7 +24,7 @@ import torch
 
 from srlm_fast import checkpoint
 from srlm_fast.adapters import save_merged
-from srlm_fast.config import results_keys, to_dict
+from srlm_fast.config import check_rates, results_keys, to_dict
 from srlm_fast.config.train import TrainRunConfig
 from srlm_fast.config.tree import input_paths
 from srlm_fast.dataset import Data, read_items, training_format
@@ -62,6 +62,7 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
     library.use(config.kernels)
     check_parallel(world.size, config.parallel, [config.training.moments], lora=config.lora.rank)
     objective = training_objective(config.training)
+    check_rates("training", config.training)
     check_options(config.lora)
     check_moments(config.training)
     inputs = _inputs(config, objective)
@@ -205,9 +206,26 @@ def _read(
     items = found["data"].items
     if config.eval_data:
         return items, found["eval_data"].items
-    n_held_out = round(config.eval_share * len(items))
+    n_held_out = _n_held_out(config.eval_share, len(items), least=2 if objective.baseline == "kl" else 1)
     drawn = set(random.Random(f"{config.seed}/held out").sample(range(len(items)), n_held_out))
     return [it for i, it in enumerate(items) if i not in drawn], [it for i, it in enumerate(items) if i in drawn]
+
+
+def _n_held_out(share: float, n_items: int, least: int) -> int:
+    """How many of the items are held out: where any are asked for at least so many as can be evaluated.
+
+    Raises:
+        UserError: when fewer than as many are left to train on.
+    """
+    if not share:
+        return 0
+    n_held_out = max(least, round(share * n_items))
+    if n_items - n_held_out < least:
+        raise UserError(
+            f"eval_share={share} of {n_items} items leaves {max(0, n_items - n_held_out)} to train on, of which there "
+            f"have to be {least}; lower it or bring more rows"
+        )
+    return n_held_out
 
 
 def _inputs(config: TrainRunConfig, objective: Objective) -> dict[str, list[Path]]:

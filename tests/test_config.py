@@ -99,6 +99,7 @@ def test_defaults_are_the_papers():
         ("judge.n=0", "judge.n=0: must be at least 1"),
         ("sft.lr=-1", "must be a number and not negative"),
         ("sft.lr=.nan", "must be a number and not negative"),
+        ("sft.lr=1e-6", "sft.min_lr=1.1e-06, the learning rate at the end, is above sft.lr=1e-06; lower it"),
         ("model.dropout=1", "must be below 1"),
         ("dpo.adam_beta2=1", "dpo.adam_beta2=1.0: must be below 1"),
         ("dpo.max_steps=0", "must be at least 1"),

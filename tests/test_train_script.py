@@ -221,6 +221,18 @@ def test_refusals(tmp_path, model_folder, shared_data):
         "model is empty: name the folder": [f"data={data}"],
         "data is empty: name at least one file": [f"model={model_folder}"],
         "data: .*absent.json does not exist": [f"model={model_folder}", f"data={tmp_path / 'absent.json'}"],
+        "training.min_lr=1e-07, .* is above training.lr=1e-08": [
+            f"model={model_folder}",
+            f"data={data}",
+            "training.lr=1e-8",
+        ],
+        "eval_share=0.9 of . items leaves 0 to train on": [
+            f"model={model_folder}",
+            f"data={head(tmp_path / 'one.json', shared_data(DPO), 1)}",
+            "eval_share=0.9",
+            "chat_format=plain",
+            f"run_dir={tmp_path / 't'}",
+        ],
         "stop_on=eval_loss needs held-out rows": [f"model={model_folder}", f"data={data}", "stop_on=eval_loss"],
         "unknown loss 'dpoo'": [f"model={model_folder}", f"data={data}", "training.loss=dpoo"],
         "has no chat_template": [f"model={model_folder}", f"data={data}", f"run_dir={tmp_path / 'r'}"],
@@ -301,6 +313,7 @@ def test_the_command_with_its_example(tmp_path, shared_data, model_folder):
     overrides = configured(model_folder, tmp_path / "run", data, "training.max_steps=1")
     done = script("--config", "configs/dpo.yaml", *overrides)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"items {rows_kept(tmp_path / 'run')}" in done.stdout and (tmp_path / "run/model/model.safetensors").exists()
+    assert f"items {rows_kept(tmp_path / 'run') - 1}" in done.stdout and "held_out 1" in done.stdout
+    assert (tmp_path / "run/model/model.safetensors").exists()
     refused = script("--config", "configs/dpo.yaml", "training.los=dpo")
     assert refused.returncode == 2 and "did you mean 'training.loss'?" in refused.stderr

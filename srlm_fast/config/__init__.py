@@ -38,6 +38,7 @@ __all__ = [
     "PromptsConfig",
     "SftConfig",
     "TrainConfig",
+    "check_rates",
     "describe",
     "input_paths",
     "load_config",
@@ -61,7 +62,17 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return config
 
 
+def check_rates(name: str, config: TrainConfig) -> None:
+    """Raises UserError for a learning rate that would rise to the end of its schedule; `name` is the section's."""
+    if config.schedule != "constant" and config.min_lr > config.lr:
+        raise UserError(
+            f"{name}.min_lr={config.min_lr:g}, the learning rate at the end, is above {name}.lr={config.lr:g}; lower it"
+        )
+
+
 def _check_together(config: Config) -> None:
+    check_rates("sft", config.sft)
+    check_rates("dpo", config.dpo)
     if config.judge.min_valid > config.judge.n:
         raise UserError(f"judge.min_valid={config.judge.min_valid}: must be at most judge.n={config.judge.n}")
     for name in ("prompts.max_new_tokens", "candidates.max_new_tokens", "judge.max_new_tokens"):

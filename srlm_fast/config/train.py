@@ -23,7 +23,9 @@ class TrainRunConfig:
     tokenizer: str | None = key(None, "tokenizer file or folder; none: the model's", path=True)
     data: tuple[str, ...] = key((), "files of rows to train on (.jsonl, .json, gzipped or not, .parquet)", path=True)
     eval_data: tuple[str, ...] = key((), "files of held-out rows", path=True)
-    eval_share: float = key(0.0, "share of data that is held out, drawn by the seed, where eval_data is empty", below=1)
+    eval_share: float = key(
+        0.0, "share of data, one row at least, that is held out where eval_data is empty; drawn by the seed", below=1
+    )
     eval_every: int = key(200, "optimizer steps between evaluations of the held-out rows", least=1)
     stop_on: str | None = key(
         None,
