@@ -8,6 +8,7 @@ model = load_adapters(load_model("m0"), "adapter")
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,21 +29,15 @@ from srlm_fast.rundir import atomic_file, write_json
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # PEFT's wrapping of the model
-_REFUSED = (
-    "use_dora",
-    "use_rslora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "layer_replication",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "lora_bias",
-    "trainable_token_indices",
-    "target_parameters",
+_WITHOUT_EFFECT = frozenset(
+    """
+    auto_mapping base_model_name_or_path ensure_weight_tying inference_mode megatron_core peft_version
+    qalora_group_size revision runtime_config task_type
+    """.split()
 )
-"""What changes the product in ways that this project has not."""
+"""Fields of PEFT's configuration that change nothing here; those that are not mapped have to be empty."""
+_STARTS = (True, False, "gaussian", "eva")
+"""Values of init_lora_weights that leave the base as it is."""
 
 
 def save_adapters(model: nn.Module, folder: str | Path, *, base: str | Path = "", world: World | None = None) -> None:
@@ -97,25 +92,50 @@ def read_adapters(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read as an adapter of PEFT's layout ({error})") from None
-    wrong = [f"{name}={config[name]!r}" for name in _REFUSED if config.get(name)]
-    wrong += [f"{name}={config.get(name)!r}" for name, value in (("peft_type", "LORA"),) if config.get(name) != value]
-    wrong += [f"bias={config['bias']!r}"] if config.get("bias", "none") != "none" else []
-    if wrong:
-        raise UserError(f"{folder}: an adapter with {', '.join(wrong)} is not supported, only plain LoRA is")
-    targets = config.get("target_modules") or ()
+    options = options_of(config, str(folder / CONFIG_FILE))
+    return options, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def options_of(config: Mapping[str, Any], where: str) -> LoraConfig:
+    """The options that PEFT's configuration of an adapter means, as a mapping by its names.
+
+    `use_rslora` becomes the alpha with the same product; `target_modules` may be "all-linear", or None for those that
+    PEFT then takes in a Llama.
+
+    Raises:
+        UserError: beginning with `where`, for an adapter of a kind that this project has not.
+    """
+    mapped = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"}
+    wrong = {name: value for name, value in config.items() if value and name not in mapped | _WITHOUT_EFFECT}
+    if wrong.get("init_lora_weights") in _STARTS:
+        del wrong["init_lora_weights"]
+    for name, only in (("peft_type", "LORA"), ("bias", "none")):
+        if config.get(name, only) != only:
+            wrong[name] = config[name]
+    targets = config.get("target_modules") or ("q_proj", "v_proj")
     targets = TARGETS if targets == "all-linear" else targets
     if isinstance(targets, str):
-        raise UserError(f"{folder / CONFIG_FILE}: target_modules={targets!r} is a pattern; list the names")
+        raise UserError(f"{where}: target_modules={targets!r} is a pattern; list the names")
+    targets = {name.rpartition(".")[2] for name in targets}  # PEFT may name those of every block
+    unknown = sorted(targets - set(TARGETS))
+    if unknown:
+        wrong["target_modules"] = unknown
+    if wrong:
+        shown = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+        raise UserError(
+            f"{where}: {shown} is not supported. Adapters are plain LoRA, the same in all blocks, beside "
+            f"{', '.join(TARGETS)}; leave it out, or train with PEFT and merge"
+        )
     try:
-        options = LoraConfig(
-            rank=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            dropout=float(config.get("lora_dropout", 0.0)),
-            targets=tuple(name for name in TARGETS if name in targets) + tuple(sorted(set(targets) - set(TARGETS))),
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        return LoraConfig(
+            rank=rank,
+            alpha=alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
+            dropout=float(config.get("lora_dropout") or 0.0),
+            targets=tuple(name for name in TARGETS if name in targets),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG_FILE}: r or lora_alpha is missing or no number ({error})") from None
-    return options, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+        raise UserError(f"{where}: r or lora_alpha is missing or no number ({error})") from None
 
 
 def load_adapters(model: Llama, folder: str | Path) -> Llama:

@@ -135,12 +135,15 @@ def test_adapters_load_in_peft_and_back(base, trained, tmp_path):
     assert all(p.requires_grad == is_adapter(name) for name, p in again.named_parameters())
 
 
-def test_adapters_of_peft_load(base, tmp_path):
-    settings = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["v_proj", "q_proj"], init_lora_weights=False)
-    theirs = peft.get_peft_model(of_transformers(base), settings)
+@pytest.mark.parametrize(("rank_stable", "alpha"), [(False, 3.0), (True, 3 * 2**0.5)])
+def test_adapters_of_peft_load(base, tmp_path, rank_stable, alpha):
+    settings = {"r": 2, "lora_alpha": 3, "use_rslora": rank_stable, "init_lora_weights": False}
+    theirs = peft.get_peft_model(
+        of_transformers(base), peft.LoraConfig(**settings, target_modules=["v_proj", "q_proj"])
+    )
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_adapters(checkpoint.load_model(base), tmp_path / "theirs")
-    assert ours.lora == LoraConfig(rank=2, alpha=3.0, targets=("q_proj", "v_proj"))
+    assert ours.lora == LoraConfig(rank=2, alpha=alpha, targets=("q_proj", "v_proj"))
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-4, rtol=0)
 
 
@@ -253,7 +256,9 @@ def test_refusals(base, trained, tmp_path):
         ({"bias": "all"}, "bias='all'"),
         ({"target_modules": ".*proj"}, "is a pattern"),
         ({"r": None}, "r or lora_alpha"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "'lm_head' has no adapters"),
+        ({"target_modules": ["q_proj", "lm_head"]}, r"target_modules=\['lm_head'\] is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"a_new_method": {"on": 1}}, "a_new_method="),
         ({"target_modules": ["q_proj"]}, "does not belong to this model"),
         ({"r": 2}, "has another shape"),
     ):
