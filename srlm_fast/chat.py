@@ -130,6 +130,11 @@ class TemplateFormat(ChatFormat):
         _check_messages(messages)
         return self._split(self._render(messages, add_generation_prompt=True))
 
+    def encode_conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a whole conversation, its last reply among them, as the template writes it."""
+        _check_messages(messages)
+        return self.tokenizer.encode_parts(self._split(self._render(messages, add_generation_prompt=False)))
+
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 

@@ -1,4 +1,5 @@
-"""compat.DPOTrainer under torchrun: trains a model of transformers and saves what each rank has then.
+"""compat.DPOTrainer under torchrun, with TRL's own configuration, which starts torch.distributed: trains a model of
+transformers and saves what each rank has then.
 
 torchrun --nproc-per-node 2 tests/compat_case.py OUT TOKENIZER
 """
@@ -8,16 +9,18 @@ from pathlib import Path
 
 import torch
 import transformers
+import trl
 from test_compat import PAIRS, hf_model
 
-from srlm_fast.compat import DPOConfig, DPOTrainer
+from srlm_fast.compat import DPOTrainer
 
 
 def train(out: Path, tokenizer_folder: Path, per_device: int) -> DPOTrainer:
     """Four steps of all pairs but one."""
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
-    args = DPOConfig(
+    args = trl.DPOConfig(
         str(out / "run"),
+        use_cpu=True,
         learning_rate=3e-3,
         max_steps=4,
         per_device_train_batch_size=per_device,

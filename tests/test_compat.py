@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,90 @@ def test_models_and_references(tokenizer, tmp_path):
     assert isinstance(again.model, Llama) and isinstance(load_model(tmp_path / "m"), Llama)
 
 
+def test_several_data_sets_for_evaluation(tokenizer, tmp_path):
+    args = compat.DPOConfig(str(tmp_path / "out"), max_steps=2, eval_strategy="steps", eval_steps=1, logging_steps=1)
+    options = {"args": args, "train_dataset": PAIRS[:3], "processing_class": tokenizer}
+    parts = {"near": PAIRS[:3], "far": PAIRS[3:]}
+    running = compat.DPOTrainer(hf_model(), eval_dataset=parts, **options)
+    metrics = running.evaluate()
+    for part, rows in parts.items():
+        alone = compat.DPOTrainer(hf_model(), eval_dataset=rows, **options).evaluate()
+        assert {f"eval_{part}_{name.removeprefix('eval_')}" for name in alone} < metrics.keys()
+        assert metrics[f"eval_{part}_logps/chosen"] == pytest.approx(alone["eval_logps/chosen"], rel=1e-6)
+    running.train()
+    assert [row["step"] for row in running.state.log_history if "eval_far_loss" in row and "step" in row] == [1, 2]
+
+
+def test_callbacks_see_and_stop(tokenizer, tmp_path):
+    class Watch(transformers.TrainerCallback):
+        seen = []
+
+        def on_train_begin(self, args, state, control, **others):
+            self.seen.append(("begin", args.learning_rate, state.max_steps))
+
+        def on_log(self, args, state, control, logs, **others):
+            self.seen.append(("log", state.global_step, "loss" in logs))
+
+        def on_evaluate(self, args, state, control, metrics, model, **others):
+            self.seen.append(("evaluate", state.global_step, "eval_loss" in metrics))
+            control.should_training_stop = state.global_step == 3
+
+        def on_train_end(self, args, state, control, **others):
+            self.seen.append(("end", state.global_step))
+
+    args = compat.DPOConfig(str(tmp_path / "out"), max_steps=8, eval_strategy="steps", eval_steps=3, logging_steps=2)
+    options = {"args": args, "train_dataset": PAIRS, "eval_dataset": PAIRS, "processing_class": tokenizer}
+    model = hf_model()
+    running = compat.DPOTrainer(model, callbacks=[Watch], **options)
+    assert running.train().global_step == 3
+    steps = [("log", 2, True), ("log", 3, False), ("evaluate", 3, True)]
+    assert Watch.seen == [("begin", 1e-6, 8), *steps, ("end", 3)]
+    assert not running.model.training and not torch.equal(model.lm_head.weight, hf_model().lm_head.weight)
+
+
+def test_a_model_by_its_name_on_the_hub(tokenizer, tmp_path, monkeypatch):
+    """From the cache of huggingface_hub, without a network; what a script then asks of the trainer."""
+    import huggingface_hub
+
+    commit, repository = "0" * 40, tmp_path / "hub/models--somebody--tiny"
+    snapshot = repository / "snapshots" / commit
+    hf_model().save_pretrained(snapshot)
+    tokenizer.save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    args = compat.DPOConfig(str(tmp_path / "out"), max_steps=1)
+    args.model_init_kwargs = {"revision": "main", "dtype": "float32", "attn_implementation": None}
+    trainer = compat.DPOTrainer("somebody/tiny", args=args, train_dataset=PAIRS)
+    metrics = trainer.train().metrics
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    trainer.accelerator.print("done")
+    trainer.end()
+    assert trainer.is_world_process_zero()
+    assert json.loads((tmp_path / "out/train_results.json").read_text())["train_loss"] == metrics["train_loss"]
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    assert state["log_history"] == trainer.state.log_history
+    args.model_init_kwargs = {"quantization_config": {}}
+    for refused, message in (
+        (lambda: compat.DPOTrainer("somebody/tiny", args=args, train_dataset=PAIRS), "quantization_config is not"),
+        (lambda: compat.DPOTrainer("somebody/else", train_dataset=PAIRS), "somebody/else is no folder"),
+        (lambda: trainer.train(resume_from_checkpoint="elsewhere"), "training state is in .*out-state; pass True"),
+        (lambda: trainer.evaluate(PAIRS), "pass it to the trainer"),
+        (trainer.push_to_hub, "push the folder that save_model writes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            refused()
+
+
+def test_reports_that_nobody_gets_are_said(tokenizer):
+    args = compat.DPOConfig(report_to="wandb")
+    with pytest.warns(UserWarning, match="report_to=wandb is passed over; a callback gets the metrics"):
+        compat.DPOTrainer(hf_model(), args=args, train_dataset=PAIRS, processing_class=tokenizer)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_equal_one(bpe_folder, tmp_path):
@@ -281,22 +366,22 @@ def test_what_is_not_supported_is_refused_by_name(tokenizer, given, message):
 def test_trainers_refuse_by_name(tokenizer):
     options = {"train_dataset": PAIRS, "processing_class": tokenizer}
     cases = {
-        "peft_config is not supported: train adapters": {"peft_config": object()},
-        "callbacks is not supported: use Trainer": {"callbacks": [object()]},
+        "peft_config: a peft.LoraConfig, got object": {"peft_config": object()},
+        "compute_metrics is not supported: the metrics are": {"compute_metrics": len},
         "unknown argument 'eval_data'": {"eval_data": PAIRS},
         "train_dataset is needed": {"train_dataset": None},
         r"several data sets \(train\)": {"train_dataset": {"train": PAIRS}},
-        "args is a DPOConfig of srlm_fast.compat, got dict": {"args": {}},
+        "args is a DPOConfig of srlm_fast.compat or of trl, got dict": {"args": {}},
         r"rows\[1\]: a row of no known layout": {"train_dataset": [PAIRS[0], {"prompt": "a", "chosen": "b"}]},
     }
     for message, given in cases.items():
         with pytest.raises(UserError, match=message):
             compat.DPOTrainer(hf_model(), **{**options, **given})
-    for model, message in ((3, "got int"), ("no/such", "is no folder"), (torch.nn.Linear(2, 2), "got Linear")):
+    for model, message in ((3, "got int"), (Path("no/such"), "is no folder"), (torch.nn.Linear(2, 2), "got Linear")):
         with pytest.raises(UserError, match=message):
             compat.DPOTrainer(model, **options)
     with pytest.raises(UserError, match=r"rows\[0\]: SFTTrainer learns completions"):
-        compat.SFTTrainer(hf_model(), **{**options, "train_dataset": [{"text": "a"}]})
+        compat.SFTTrainer(hf_model(), **{**options, "train_dataset": [{"words": "a"}]})
     with pytest.raises(UserError, match="pass the tokenizer"):
         compat.DPOTrainer(hf_model(), train_dataset=PAIRS)
 

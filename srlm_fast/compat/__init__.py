@@ -14,7 +14,9 @@ instead; docs/trainer.md lists where results differ.
 | module | what is there |
 | --- | --- |
 | `arguments` | the configurations, and which arguments are taken, passed over or refused |
-| `models` | Hugging Face models and tokenizers as ours |
+| `models` | models, adapters and tokenizers of Hugging Face as ours |
+| `rows` | rows of data sets as items |
+| `callbacks` | what callbacks see |
 | `trainers` | the trainers |
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,38 +18,37 @@ COMMON: dict[str, Any] = {
     **{"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "optim": "adamw_torch_fused"},
     **{"logging_steps": 10, "eval_strategy": "no", "eval_steps": None, "save_strategy": "steps", "save_steps": 500},
     **{"seed": 42, "data_seed": None, "max_length": 1024, "truncation_mode": "keep_start"},
-    **{"bf16": None, "gradient_checkpointing": False, "torch_compile": False},
+    **{"bf16": None, "gradient_checkpointing": False, "torch_compile": False, "report_to": "none"},
+    **{"model_init_kwargs": None, "resume_from_checkpoint": None},
+    "disable_dropout": True,  # of adapters; a model has what it was built with, of a folder and transformers' none
     "tokens_per_microbatch": 8192,  # ours: most tokens of one packed forward pass
 }
 """Arguments that all configurations take, with their defaults."""
 
 PASSED_OVER = frozenset(
     """
-    activation_offloading auto_find_batch_size average_tokens_across_devices batch_eval_metrics bf16_full_eval
-    completion_only_loss dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
+    accelerator_config activation_offloading auto_find_batch_size average_tokens_across_devices batch_eval_metrics
+    bf16_full_eval dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
     dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
-    dataset_num_proc dataset_text_field ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
-    ddp_find_unused_parameters ddp_static_graph ddp_timeout debug disable_tqdm do_eval do_predict do_train
-    enable_jit_checkpoint eval_accumulation_steps eval_do_concat_batches eval_packing eval_use_gather_object
-    fp16_full_eval full_determinism gradient_checkpointing_kwargs group_by_length hub_always_push hub_model_id
-    hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip include_for_metrics
-    include_num_input_tokens_seen is_encoder_decoder label_names length_column_name liger_kernel_config local_rank
-    log_level log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_strategy
-    overwrite_output_dir packing packing_strategy pad_to_multiple_of pad_token padding_free padding_value
-    per_device_eval_batch_size precompute_ref_batch_size precompute_ref_log_probs prediction_loss_only project
-    ref_model_mixup_alpha ref_model_sync_steps remove_unused_columns report_to
-    restore_callback_states_from_checkpoint router_aux_loss_coef run_name save_on_each_node save_only_model
-    save_total_limit shuffle_dataset skip_memory_metrics tf32 torch_compile_backend torch_compile_mode
-    torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id train_sampling_strategy
-    trust_remote_code use_cache use_cpu use_liger_kernel
+    dataset_num_proc ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph
+    ddp_timeout debug disable_tqdm do_eval do_predict do_train enable_jit_checkpoint eval_accumulation_steps
+    eval_do_concat_batches eval_packing eval_use_gather_object fp16_full_eval full_determinism
+    gradient_checkpointing_kwargs group_by_length hub_always_push hub_model_id hub_private_repo hub_revision
+    hub_strategy hub_token ignore_data_skip include_for_metrics include_num_input_tokens_seen is_encoder_decoder
+    label_names length_column_name liger_kernel_config local_rank log_level log_level_replica log_on_each_node
+    logging_first_step logging_nan_inf_filter logging_strategy overwrite_output_dir packing packing_strategy
+    pad_to_multiple_of pad_token padding_free padding_value per_device_eval_batch_size precompute_ref_batch_size
+    precompute_ref_log_probs prediction_loss_only project ref_model_mixup_alpha ref_model_sync_steps
+    remove_unused_columns restore_callback_states_from_checkpoint router_aux_loss_coef run_name save_on_each_node
+    save_only_model save_total_limit shuffle_dataset skip_memory_metrics tf32 torch_compile_backend
+    torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id
+    train_sampling_strategy trust_remote_code use_cache use_cpu use_liger_kernel
     """.split()
 )
 """How others spend memory, divide batches, load data or report: there is no such choice here."""
 
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "fp16": ((None, False), "products are bf16 or, with bf16=False, fp32"),
-    "model_init_kwargs": ((None, {}), "load the model yourself and pass it"),
-    "disable_dropout": ((True,), "build the model by srlm_fast.checkpoint.load_model(dropout=...) and pass that"),
     "sync_ref_model": ((False,), "the reference is fixed"),
     "reference_free": ((False,), "take CPOTrainer, whose losses have no reference"),
     "load_best_model_at_end": ((False, None), "pass Evaluation(stop_when=...) to srlm_fast.trainer.Trainer"),
@@ -69,10 +69,8 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_completion_length": ((None,), "max_length is of prompt and response together"),
     "dataset_kwargs": ((None, {}), "prepare the rows before"),
     "eval_on_start": ((False,), "call evaluate() before train()"),
-    "resume_from_checkpoint": ((None,), "pass it to train()"),
     "optim_target_modules": ((None,), "the optimizer is AdamW"),
     "eval_delay": ((0,), "evaluation starts after eval_steps"),
-    "accelerator_config": ((None,), "there is no accelerator; start torchrun"),
     "parallelism_config": ((None,), "under torchrun the model is sharded by FSDP2"),
     "eos_token": ((None,), "set tokenizer.eos_token"),
 }
@@ -96,11 +94,12 @@ class Arguments:
     def __init__(self, output_dir: str | None = None, **given: Any) -> None:
         given["output_dir"] = output_dir
         known = {**COMMON, **self.own}
+        vars(self).update(dict.fromkeys(PASSED_OVER) | {name: allowed[0] for name, (allowed, _) in ONLY.items()})
         for name, value in given.items():
             if name not in known:
                 self._refuse_or_pass(name, value, known)
-        for name, default in known.items():
-            setattr(self, name, given.get(name, default))
+        vars(self).update(known | given)
+        self.report_to = "none" if self.report_to in (None, [], ["none"]) else self.report_to
         self.lr_scheduler_type = _word(self.lr_scheduler_type)
         for name, allowed in (("optim", _OPTIMIZERS), ("lr_scheduler_type", _SCHEDULES)):
             if _word(getattr(self, name)) not in allowed:
@@ -109,6 +108,24 @@ class Arguments:
             setattr(self, name, _word(getattr(self, name)))
             if getattr(self, name) not in ("no", "steps", "epoch"):
                 raise UserError(f"{self.name}: {name}={getattr(self, name)!r}: must be no, steps or epoch")
+
+    @classmethod
+    def of(cls, args: Any, trainer: str) -> Arguments:
+        """What a trainer was given, as it is now: None, a configuration of this class, or one of TRL's of its name.
+
+        One of TRL's has bf16=True and gradient_checkpointing=True whether or not somebody asked for them, so these are
+        then taken as not given.
+
+        Raises:
+            UserError: for something else, and as the constructor.
+        """
+        if args is None or isinstance(args, cls):
+            return cls(**vars(args or cls()))
+        theirs = [kind for kind in type(args).__mro__ if kind.__name__ == cls.name and is_dataclass(kind)]
+        if not theirs:
+            raise UserError(f"{trainer}: args is a {cls.name} of srlm_fast.compat or of trl, got {type(args).__name__}")
+        given = {spec.name: getattr(args, spec.name) for spec in fields(theirs[0])}
+        return cls(**given | {"bf16": None if given["bf16"] else False, "gradient_checkpointing": False})
 
     def _refuse_or_pass(self, name: str, value: Any, known: dict[str, Any]) -> None:
         if name in PASSED_OVER:
@@ -246,10 +263,13 @@ class KTOConfig(Arguments):
 
 
 class SFTConfig(Arguments):
-    """As TRL's SFTConfig, for rows with prompt and completion."""
+    """As TRL's SFTConfig."""
 
     name = "SFTConfig"
-    own = {"learning_rate": 2e-5, "loss_type": "nll"}
+    own = {
+        **{"learning_rate": 2e-5, "loss_type": "nll", "completion_only_loss": None, "dataset_text_field": "text"},
+        "disable_dropout": False,
+    }
 
     def loss(self) -> dict[str, Any]:
         return {"loss": _lookup(self, "loss_type", self.loss_type, {"nll": "sft"})}
