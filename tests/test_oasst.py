@@ -8,6 +8,7 @@ import pytest
 from srlm_fast.data import RankedPrompt, read_rows
 from srlm_fast.data.oasst import COUNTS, DEFECTS, read_prompts, split_prompts
 from srlm_fast.errors import UserError
+from srlm_fast.rundir import write_jsonl
 
 REAL = "oasst1/oasst1-en-validation.jsonl"
 
@@ -219,6 +220,16 @@ def test_read_rows(tmp_path):
     array = tmp_path / "x.json"
     array.write_text('[1,\n {"a": 2}]')
     assert list(read_rows(array)) == [(f"{array}[0]", 1), (f"{array}[1]", {"a": 2})]
+
+
+def test_rows_can_be_written_again(tmp_path):
+    """Also a text that was cut in the middle of an emoji."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"whole": "\U0001f600", "cut": ["a\ud83d", "\udE00"], "text": "\\ud83d"}) + "\n")
+    rows = [row for _, row in read_rows(path)]
+    assert rows == [{"whole": "\U0001f600", "cut": ["a\ufffd", "\ufffd"], "text": "\\ud83d"}]
+    write_jsonl(path, rows)
+    assert [row for _, row in read_rows(path)] == rows
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, BinaryIO
 
 from srlm_fast.errors import UserError
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
@@ -40,8 +42,9 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
 def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Yields ("file:line", value) of a .jsonl file, or ("file[index]", value) of a .json file that holds one array.
 
-    Lines are streamed, blank ones passed over; gzip is told by the content, whatever the name. Raises UserError for a
-    missing or unreadable file and for broken JSON or text, naming the line.
+    Lines are streamed, blank ones passed over; gzip is told by the content, whatever the name. Lone surrogates, which
+    JSON can name and no file can hold, become U+FFFD. Raises UserError for a missing or unreadable file and for broken
+    JSON or text, naming the line.
     """
     path = Path(path)
     check_file(path)
@@ -80,7 +83,12 @@ def _array(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 def _parse(raw: bytes, where: str) -> Any:
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        text = raw.decode("utf-8-sig")
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            text = json.dumps(value, ensure_ascii=False)
+            value = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return value
     except json.JSONDecodeError as error:
         line = "" if where.rpartition(":")[2].isdigit() else f", line {error.lineno}"
         what = error.msg.removesuffix(" at")
