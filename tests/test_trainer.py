@@ -170,6 +170,13 @@ def test_refusals_come_before_any_work():
         Trainer(model, pairs, options("sftt"))
 
 
+def test_a_training_without_checkpoints_stops_too():
+    steps = []
+    with pytest.raises(Interrupted, match="stopped after step 2 of 6"):
+        build("sft", on_step=steps.append, should_stop=lambda: len(steps) == 1).fit()
+    assert len(steps) == 2
+
+
 def test_nan_is_reported_and_nothing_is_updated():
     trainer = build("sft")
     with torch.no_grad():

@@ -48,8 +48,8 @@ class Trainer:
         seed: data order and dropout derive from it.
         checkpoint_dir: where training checkpoints are kept; one found there is resumed. None: no checkpoints.
         on_step: called on every rank after every optimizer step with its metrics.
-        should_stop: polled after every step; when any rank's says True, a checkpoint is written and `fit` raises
-            `Interrupted`.
+        should_stop: polled after every step; when any rank's says True, a checkpoint is written, where there are any,
+            and `fit` raises `Interrupted`.
         save_by: time.time() when such a checkpoint has to be on disk: it is begun in time for a step and a save as long
             as the longest so far, and half as much again.
         evaluation: held-out items and early stopping.
@@ -134,7 +134,7 @@ class Trainer:
             The metrics of the last step and of the last evaluation.
 
         Raises:
-            Interrupted: when asked to stop; a checkpoint was written before.
+            Interrupted: when asked to stop; a checkpoint was written before, where there are any.
             UserError: when the loss or the gradient stops being finite, or a checkpoint cannot be written; the last
                 checkpoint is kept.
         """
@@ -163,12 +163,13 @@ class Trainer:
                 if evaluated and self._ended_early():
                     break
                 keep_for_stopping = evaluated and self.evaluation.stop_when
-                if done == self.total_steps or not self.checkpoints:
+                if done == self.total_steps:
                     continue
-                if stop or keep_for_stopping or done % self.config.checkpoint_every == 0:
+                if self.checkpoints and (stop or keep_for_stopping or done % self.config.checkpoint_every == 0):
                     self._save(done)
                 if stop:
-                    self.checkpoints.end()
+                    if self.checkpoints:
+                        self.checkpoints.end()
                     raise Interrupted(f"stopped after step {done} of {self.total_steps}")
         if self.checkpoints:
             self.checkpoints.end()
