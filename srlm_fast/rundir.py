@@ -27,6 +27,7 @@ from typing import IO, Any
 from srlm_fast.errors import Interrupted, UserError
 
 FORMAT_VERSION = 3
+_BEFORE_WORK = ("run.json", "config.yaml", "data.json", "state", ".lock")
 _DIGEST_LIMIT = 64 << 20
 """Files above this size (weights) are checked by size only when a run is resumed."""
 
@@ -137,6 +138,8 @@ class RunDir:
     def open(self, keys: dict[str, Any], inputs: dict[str, str]) -> None:
         """Create the run, or check that an existing one was made with the same keys and inputs.
 
+        One that was refused before it had made anything takes over the new ones.
+
         Args:
             keys: result-relevant configuration keys.
             inputs: `fingerprint` of the content behind each input path.
@@ -159,6 +162,10 @@ class RunDir:
                 f"{manifest}: format version {old.get('format_version')}, this program writes {FORMAT_VERSION}; "
                 "choose another run_dir"
             )
+        if old != record and not self._has_begun():
+            self.lock()
+            write_json(manifest, record)
+            return
         for part in ("keys", "inputs"):
             names = sorted(record[part].keys() | old[part].keys())
             changed = [n for n in names if old[part].get(n) != record[part].get(n)]
@@ -167,6 +174,10 @@ class RunDir:
                 raise UserError(
                     f"{self.path} was started with other {part} ({what}); restore them or choose another run_dir"
                 )
+
+    def _has_begun(self) -> bool:
+        """Whether there is a file that the run has computed."""
+        return any(file.is_file() and file.name not in _BEFORE_WORK for file in self.path.rglob("*"))
 
     def lock(self) -> None:
         """Keep other processes out until `unlock` or the end of this one, however it ends.

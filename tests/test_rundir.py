@@ -115,10 +115,28 @@ def test_reopening_with_other_keys_or_inputs_names_them(tmp_path):
     run = RunDir(tmp_path)
     run.open({"seed": 1, "dpo.lr": 0.1}, {"model.path": "abc"})
     run.open({"seed": 1, "dpo.lr": 0.1}, {"model.path": "abc"})
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data/ift.jsonl", [])
     with pytest.raises(UserError, match=r"other keys \(dpo.lr: was 0.1, now 0.2\)"):
         run.open({"seed": 1, "dpo.lr": 0.2}, {"model.path": "abc"})
     with pytest.raises(UserError, match=r"other inputs \(model.path"):
         run.open({"seed": 1, "dpo.lr": 0.1}, {"model.path": "abd"})
+
+
+def test_a_run_that_made_nothing_takes_other_keys_unless_it_is_worked_on(tmp_path):
+    run, other = RunDir(tmp_path), RunDir(tmp_path)
+    run.open({"seed": 1}, {"data": "wrong"})
+    run.lock()
+    run.set_state("running")
+    with pytest.raises(UserError, match="another process works in"):
+        other.open({"seed": 1}, {"data": "mended"})
+    run.open({"seed": 1}, {"data": "wrong"})
+    run.unlock()
+    other.open({"seed": 1}, {"data": "mended"})
+    other.open({"seed": 1}, {"data": "mended"})
+    other.log({"phase": "x"})
+    with pytest.raises(UserError, match=r"other inputs \(data: was 'mended', now 'wrong'"):
+        run.open({"seed": 1}, {"data": "wrong"})
 
 
 def test_foreign_folders_and_broken_or_newer_records_are_refused(tmp_path):

@@ -215,6 +215,13 @@ def test_a_batch_without_a_finite_loss_stays_in_the_run_folder(
     assert on_nonfinite == "stop" or not list((tmp_path / "run/checkpoints").glob("step-*"))
 
 
+def test_data_that_were_refused_are_mended(tmp_path, shared_data, model_folder):
+    data = head(tmp_path / "rows.json", shared_data(KTO), 10)
+    with pytest.raises(UserError, match="loss dpo compares pairs"):
+        run(model_folder, tmp_path / "run", data)
+    assert run(model_folder, tmp_path / "run", head(data, shared_data(DPO), 10))["steps"] == 6
+
+
 def test_refusals(tmp_path, model_folder, shared_data):
     data = head(tmp_path / "rows.json", shared_data(DPO), 4)
     cases = {
