@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from srlm_fast import checkpoint
-from srlm_fast.config import GENERATORS, Config, input_paths
+from srlm_fast.config import GENERATORS, Config
 from srlm_fast.errors import UserError
 from srlm_fast.lora import check_options
 from srlm_fast.model import LlamaConfig
+from srlm_fast.opening import existing_inputs
 from srlm_fast.tokenizer import Tokenizer, check_vocab
 from srlm_fast.trainer import check_moments, training_objective
 
@@ -21,10 +22,7 @@ def inputs(config: Config) -> None:
         raise UserError(
             f"prompts.generator={config.prompts.generator!r} is none of {', '.join(GENERATORS)} and no model folder"
         )
-    for name, paths in input_paths(config).items():
-        for path in paths:
-            if not path.exists():
-                raise UserError(f"{name}: {path} does not exist")
+    existing_inputs(config)
     if config.judge.endpoint_model and not config.judge.endpoint:
         raise UserError("judge.endpoint_model is set without judge.endpoint; give the server's address too")
     if config.engine.name == "native" and config.engine.tensor_parallel > 1:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from srlm_fast.errors import UserError
-from srlm_fast.judge import fill_template, read_template
+from srlm_fast.templates import fill_template, read_template
 
 TEMPLATE = """\
 A person wrote the message below to two assistants, and each of them gave an output. Decide which output that person \

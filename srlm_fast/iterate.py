@@ -27,12 +27,13 @@ from collections.abc import Callable
 from functools import partial
 
 from srlm_fast import data_card, guards
-from srlm_fast.config import Config, input_paths, results_keys, to_dict
+from srlm_fast.config import Config
 from srlm_fast.context import Context
 from srlm_fast.errors import UserError
+from srlm_fast.opening import open_run
 from srlm_fast.parallel import World
 from srlm_fast.phases import PhaseResult, data, evaluation, generation, meta_judging, pairing, training
-from srlm_fast.rundir import RunDir, atomic_file, fingerprint
+from srlm_fast.rundir import RunDir
 
 Phase = Callable[[Context], PhaseResult]
 
@@ -107,22 +108,12 @@ def iterate(config: Config, world: World) -> Context:
         Interrupted: on a signal or before save_by, when what is finished has been written.
     """
     run = Context(config, world)
-    run.main(lambda: _open(run))
+    run.main(lambda: open_run(run.run_dir, config))
     with run.stopping.listening(), run.run_dir.at_work(world.is_main):
         for name, phase in phases(config):
             _run_phase(run, name, phase)
         run.close()
     return run
-
-
-def _open(run: Context) -> None:
-    import yaml
-
-    inputs = {key: "+".join(map(fingerprint, paths)) for key, paths in input_paths(run.config).items()}
-    run.run_dir.open(results_keys(run.config), inputs)
-    run.run_dir.lock()
-    with atomic_file(run.run_dir / "config.yaml") as file:
-        yaml.safe_dump(to_dict(run.config), file, sort_keys=False)
 
 
 def _run_phase(run: Context, name: str, phase: Phase) -> None:

@@ -6,11 +6,12 @@ criteria, a justification before the score, reward = mean of the sampled scores.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from srlm_fast.errors import UserError
+from srlm_fast.templates import fill_template, read_template
 
 TEMPLATE = """\
 You will read a message from a user and a response to it. Rate the response on an additive five-point scale: start \
@@ -68,24 +69,6 @@ def load_template(path: str | Path | None = None) -> str:
     Raises UserError when the file cannot be read or lacks {instruction} or {response}.
     """
     return TEMPLATE if path is None else read_template(path, ("instruction", "response"), "judge")
-
-
-def read_template(path: str | Path, places: Sequence[str], what: str) -> str:
-    """Text of a prompt file that holds each of the places in braces; UserError otherwise."""
-    try:
-        template = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the {what} template ({error})") from None
-    missing = sorted(name for name in places if f"{{{name}}}" not in template)
-    if missing:
-        named = " and ".join(f"{{{name}}}" for name in missing)
-        raise UserError(f"{path}: the {what} template has no place {named}; write it where that text belongs")
-    return template
-
-
-def fill_template(template: str, texts: Mapping[str, str]) -> str:
-    """A template with its places filled in one pass, so that a text that says "{response}" is not filled again."""
-    return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda place: texts[place[1]], template)
 
 
 def judge_prompt(instruction: str, response: str, template: str = TEMPLATE) -> str:

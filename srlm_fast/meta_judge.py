@@ -31,8 +31,8 @@ from srlm_fast.config import JudgeConfig, MetaJudgeConfig
 from srlm_fast.data import as_messages
 from srlm_fast.engine.base import Completion, Request
 from srlm_fast.errors import UserError
-from srlm_fast.judge import fill_template, read_template
 from srlm_fast.seeds import derive_seed
+from srlm_fast.templates import fill_template, read_template
 
 PRIOR = 0.01
 """Weight of e^2 / 2 in the fit of the Elo scores."""

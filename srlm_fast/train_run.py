@@ -24,20 +24,20 @@ import torch
 
 from srlm_fast import checkpoint
 from srlm_fast.adapters import save_merged
-from srlm_fast.config import check_rates, results_keys, to_dict
+from srlm_fast.config import check_rates
 from srlm_fast.config.train import TrainRunConfig
-from srlm_fast.config.tree import input_paths
 from srlm_fast.dataset import Data, read_items, training_format
 from srlm_fast.errors import Interrupted, UserError
 from srlm_fast.kernels import library
 from srlm_fast.lora import add_adapters, check_options, init_adapters
 from srlm_fast.losses import Objective
 from srlm_fast.model import Llama
+from srlm_fast.opening import existing_inputs, open_run
 from srlm_fast.packing import Item
 from srlm_fast.parallel import World, check_parallel, compute_dtype, parallelize
 from srlm_fast.progress import progress
 from srlm_fast.reference import ReferenceCache, fill, reference_items
-from srlm_fast.rundir import RunDir, atomic_file, fingerprint, write_json
+from srlm_fast.rundir import RunDir, write_json
 from srlm_fast.seeds import derive_seed
 from srlm_fast.stop import Stop
 from srlm_fast.tokenizer import Tokenizer, check_vocab, load_tokenizer
@@ -65,9 +65,9 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
     check_rates("training", config.training)
     check_options(config.lora)
     check_moments(config.training)
-    inputs = _inputs(config, objective)
+    _check_inputs(config, objective)
     run, stopping = RunDir(config.run_dir), Stop(config.save_by)
-    world.on_main(lambda: _open(run, config, inputs))
+    world.on_main(lambda: open_run(run, config))
     with stopping.listening(), run.at_work(world.is_main):
         record = world.on_main(lambda: run.phase("train"))
         if record is not None:
@@ -228,28 +228,14 @@ def _n_held_out(share: float, n_items: int, least: int) -> int:
     return n_held_out
 
 
-def _inputs(config: TrainRunConfig, objective: Objective) -> dict[str, list[Path]]:
-    """The files and folders that the configuration names, by key."""
-    inputs = input_paths(config)
+def _check_inputs(config: TrainRunConfig, objective: Objective) -> None:
+    """Raises UserError where a file or folder is missing, or a rule to stop has nothing to go by."""
+    inputs = existing_inputs(config)
     for name, what in (("model", "the folder of a model"), ("data", "at least one file of rows")):
         if name not in inputs:
             raise UserError(f"{name} is empty: name {what}, {name}=PATH")
-    for name, paths in inputs.items():
-        for path in paths:
-            if not path.exists():
-                raise UserError(f"{name}: {path} does not exist")
     if config.stop_on and not (config.eval_data or config.eval_share):
         raise UserError(f"stop_on={config.stop_on} needs held-out rows; name eval_data or set eval_share")
     metrics = sorted(f"eval_{name}" for name in objective.metric_names())
     if config.stop_on and config.stop_on not in metrics:
         raise UserError(f"stop_on={config.stop_on} is no metric of {config.training.loss}: {', '.join(metrics)}")
-    return inputs
-
-
-def _open(run: RunDir, config: TrainRunConfig, inputs: dict[str, list[Path]]) -> None:
-    import yaml
-
-    run.open(results_keys(config), {name: "+".join(map(fingerprint, paths)) for name, paths in inputs.items()})
-    run.lock()
-    with atomic_file(run / "config.yaml") as file:
-        yaml.safe_dump(to_dict(config), file, sort_keys=False)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from sharded_case import make_model
 from torch import nn
-from training_case import make_items, make_reference, options
+from training_case import leave, make_items, make_reference, options
 
 from srlm_fast import checkpoint
 from srlm_fast.config.keys import ParallelConfig
@@ -201,9 +201,7 @@ def main(folder: Path, out: Path, *cases: str) -> None:
     for case in cases:
         results[case] = run_case[case]()
         world.barrier()
-    if world.is_main:
-        torch.save(results, out / "result.pt")
-    world.exit(0)
+    leave(world, results, out)
 
 
 if __name__ == "__main__":

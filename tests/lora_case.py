@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from sharded_case import CASES
-from training_case import CONFIG, full_weights, make_items, options
+from training_case import CONFIG, full_weights, leave, make_items, options
 
 from srlm_fast import checkpoint
 from srlm_fast.adapters import save_merged
@@ -94,10 +94,7 @@ def main(folder: Path, out: Path, *cases: str) -> None:
     assert len(list((out / "state").iterdir())) == 1
     results["resumed"] = train(folder, "plain", world, out / "state")
     del results["resumed"]["model"]
-    world.barrier()
-    if world.is_main:
-        torch.save(results, out / "result.pt")
-    world.exit(0)
+    leave(world, results, out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from training_case import leave
 
 from srlm_fast.kernels.optimizer import AdamW
 from srlm_fast.parallel import World
@@ -93,6 +94,4 @@ if __name__ == "__main__":
     load(resumed, again, out / "checkpoint")
     train(resumed, again, range(4, 8))
     results = weights(model), weights(resumed)
-    if world.is_main:
-        torch.save(results, out / "result.pt")
-    world.exit(0)
+    leave(world, results, out)

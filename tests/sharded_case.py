@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from training_case import CONFIG, full_weights, make_items, make_reference, options
+from training_case import CONFIG, full_weights, leave, make_items, make_reference, options
 
 from srlm_fast import checkpoint
 from srlm_fast.config.keys import ParallelConfig
@@ -150,9 +150,7 @@ def main(folder: Path, out: Path, *cases: str) -> None:
         check_memory(folder / "wide", world)
     check_refusals(world)
     results = {case: train(case, world) for case in cases}
-    if world.is_main:
-        torch.save(results, out / "result.pt")
-    world.exit(0)
+    leave(world, results, out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"torch", "numpy", "safetensors", "sentencepiece"}
 EXTRA = {"pyarrow", "yaml", "rich", "scipy", "jinja2", "rapidfuzz", "tokenizers", "transformers", "triton"}
-LEAVES = {"errors", "seeds"}
+LEAVES = {"errors", "seeds", "templates"}
 """Modules of a few lines that anyone may import."""
 MAY_IMPORT = {
     "kernels": {"kernels", "native_ops"},

@@ -8,6 +8,7 @@ import random
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,6 +63,14 @@ def make_reference(items: list[Item]) -> ReferenceCache:
     plan = split_batch([item.n_tokens for item in items], 200, 1)
     cache.update(compute(make_model(), items, "weights-0", [per_rank[0] for per_rank in plan]))
     return cache
+
+
+def leave(world: World, results: Any, out: Path) -> None:
+    """The end of a case under torchrun: rank 0 writes what was found to OUT/result.pt, and all ranks go."""
+    world.barrier()
+    if world.is_main:
+        torch.save(results, out / "result.pt")
+    world.exit(0)
 
 
 def options(loss: str, **changes) -> TrainConfig:
@@ -120,6 +129,4 @@ if __name__ == "__main__":
     except Interrupted:
         print("interrupted")
     weights = full_weights(trainer.model)
-    if world.is_main:
-        torch.save({"weights": weights, "steps": steps}, Path(out) / "result.pt")
-    world.exit(0)
+    leave(world, {"weights": weights, "steps": steps}, Path(out))

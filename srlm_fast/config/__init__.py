@@ -169,9 +169,9 @@ def results_keys(config: Config) -> dict[str, Any]:
     }
 
 
-def input_paths(config: Config) -> dict[str, list[Path]]:
+def input_paths(config: Any) -> dict[str, list[Path]]:
     """`tree.input_paths`, and the generator of new prompts where it is a folder."""
     named = tree.input_paths(config)
-    if config.prompts.generator not in GENERATORS:
+    if isinstance(config, Config) and config.prompts.generator not in GENERATORS:
         named["prompts.generator"] = [Path(config.prompts.generator)]
     return named

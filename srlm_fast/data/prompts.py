@@ -12,6 +12,7 @@ from pathlib import Path
 
 from srlm_fast.config import PromptsConfig
 from srlm_fast.errors import UserError
+from srlm_fast.templates import read_template
 
 TEMPLATE = """\
 Write more tasks for this list. Each task is something a person might ask of an assistant, complete in itself and \
@@ -37,15 +38,7 @@ _ITEM = re.compile(r"^[ \t]*\d+[ \t]?[.):](?:[ \t]+|$)", re.M)
 
 def load_template(path: str | Path | None = None) -> str:
     """Text of a task-list file, or the built-in `TEMPLATE` for None. Raises UserError without a place {tasks}."""
-    if path is None:
-        return TEMPLATE
-    try:
-        template = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the task-list template ({error})") from None
-    if "{tasks}" not in template:
-        raise UserError(f"{path}: the task-list template has no place {{tasks}}; write it where the tasks belong")
-    return template.rstrip("\n")
+    return TEMPLATE if path is None else read_template(path, ("tasks",), "task-list").rstrip("\n")
 
 
 def parse_completion(text: str) -> list[str]:

@@ -22,9 +22,9 @@ from srlm_fast.engine.base import Request
 from srlm_fast.errors import UserError
 from srlm_fast.evaluation.answers import model_name
 from srlm_fast.evaluation.run import Evaluation, Speaker
-from srlm_fast.judge import fill_template, read_template
 from srlm_fast.rundir import write_json, write_jsonl
 from srlm_fast.seeds import derive_seed
+from srlm_fast.templates import fill_template, read_template
 
 TEMPLATE = """\
 Below is a conversation between a user and an AI assistant. Rate the assistant's last answer.

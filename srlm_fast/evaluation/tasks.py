@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from srlm_fast.config import results_keys, to_dict
 from srlm_fast.config.evaluate import EvaluateRunConfig
-from srlm_fast.config.tree import input_paths
 from srlm_fast.errors import UserError
 from srlm_fast.evaluation.answers import alpaca_eval, answers
 from srlm_fast.evaluation.compare import head_to_head
@@ -17,8 +15,9 @@ from srlm_fast.evaluation.judging import judge
 from srlm_fast.evaluation.mt_bench import mt_bench, mt_bench_grade
 from srlm_fast.evaluation.run import Evaluation
 from srlm_fast.kernels import library
+from srlm_fast.opening import existing_inputs, open_run
 from srlm_fast.parallel import World
-from srlm_fast.rundir import RunDir, atomic_file, fingerprint
+from srlm_fast.rundir import RunDir
 from srlm_fast.stop import Stop
 
 Task = Callable[[Evaluation], tuple[list[Path], dict[str, Any]]]
@@ -48,13 +47,9 @@ def evaluate(config: EvaluateRunConfig, world: World) -> dict[str, Any]:
     for name in needed:
         if not getattr(config, name):
             raise UserError(f"task={config.task} needs {name}: {name}=PATH")
-    inputs = input_paths(config)
-    for name, paths in inputs.items():
-        for path in paths:
-            if not path.exists():
-                raise UserError(f"{name}: {path} does not exist")
+    existing_inputs(config)
     run, stopping = RunDir(config.run_dir), Stop(config.save_by)
-    world.on_main(lambda: _open(run, config, inputs))
+    world.on_main(lambda: open_run(run, config))
     with stopping.listening(), run.at_work(world.is_main):
         record = world.on_main(lambda: run.phase(config.task))
         if record is not None:
@@ -65,12 +60,3 @@ def evaluate(config: EvaluateRunConfig, world: World) -> dict[str, Any]:
         world.on_main(lambda: run.finish(config.task, files, time.perf_counter() - started, counts))
         evaluation.close()
         return counts
-
-
-def _open(run: RunDir, config: EvaluateRunConfig, inputs: dict[str, list[Path]]) -> None:
-    import yaml
-
-    run.open(results_keys(config), {name: "+".join(map(fingerprint, paths)) for name, paths in inputs.items()})
-    run.lock()
-    with atomic_file(run / "config.yaml") as file:
-        yaml.safe_dump(to_dict(config), file, sort_keys=False)

@@ -11,9 +11,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from srlm_fast.config import Config, input_paths, results_keys
+from srlm_fast.config import Config
 from srlm_fast.errors import Interrupted, UserError
-from srlm_fast.rundir import RunDir, fingerprint
+from srlm_fast.opening import match
+from srlm_fast.rundir import RunDir
 from srlm_fast.study.arms import Study, run_folder
 from srlm_fast.study.measure import measure, read
 
@@ -96,8 +97,7 @@ def _done(config: Config) -> bool:
     folder = Path(config.run_dir)
     if not folder.exists():
         return False
-    inputs = {key: "+".join(map(fingerprint, paths)) for key, paths in input_paths(config).items()}
-    RunDir(folder).open(results_keys(config), inputs)
+    match(RunDir(folder), config)
     return read(folder) is not None
 
 
