@@ -8,10 +8,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <utility>
 #include <vector>
 
+#include "paged_attention.h"
 #include "panels.h"
 #include "sampling.h"
 #include "vec.h"
@@ -23,7 +23,8 @@ using Lanes = Vec<float>;
 constexpr int64_t kLanes = Lanes::size();
 constexpr int64_t kTensorsOfLayer = 6;
 constexpr int64_t kRowsPerTask = 64;  // of norms and the like
-constexpr int64_t kQueriesPerTask = 8, kSamplesPerTask = 8;
+constexpr int64_t kTokensPerTask = 8, kSamplesPerTask = 8;
+constexpr int64_t kTokensAtOnce = 256;  // that go through a layer: what it makes of them stays in the processor's cache
 
 struct Layer {
   const float *input_norm, *qkv, *output, *post_norm, *gate_up, *down;
@@ -113,138 +114,35 @@ void swiglu(const float* gate, const float* up, int64_t n, float* y) {
   });
 }
 
-// scores[16 b .. 16 b + 15] = scale * q . the keys of block b, for kBlocks blocks.
-template <int kBlocks>
-void scores_of(const float* q, const float* const* keys, int64_t head_dim, float scale, float* scores) {
-  constexpr int kVectors = kBlockTokens / kLanes;
-  Lanes sums[kBlocks][kVectors];
-  for (auto& block : sums) {
-    for (auto& s : block) s = Lanes(0);
-  }
-  for (int64_t d = 0; d < head_dim; ++d) {
-    const Lanes left(q[d]);
-    for (int b = 0; b < kBlocks; ++b) {
-      for (int j = 0; j < kVectors; ++j) {
-        sums[b][j] = at::vec::fmadd(left, Lanes::loadu(keys[b] + d * kBlockTokens + j * kLanes), sums[b][j]);
-      }
-    }
-  }
-  const Lanes factor(scale);
-  for (int b = 0; b < kBlocks; ++b) {
-    for (int j = 0; j < kVectors; ++j) (sums[b][j] * factor).store(scores + b * kBlockTokens + j * kLanes);
-  }
-}
-
-// out[0..kVectors lanes) = factor * sum of weights[t] * values[t]; four chains of additions, joined in a fixed order.
-template <int kVectors>
-void weighted_sum(const float* weights, const float* const* values, int64_t length, int64_t head_dim, float factor,
-                  float* out) {
-  Lanes sums[4][kVectors];
-  for (auto& chain : sums) {
-    for (auto& s : chain) s = Lanes(0);
-  }
-  for (int64_t start = 0; start < length; start += kBlockTokens) {
-    const float* const block = values[start / kBlockTokens];
-    const int64_t n = std::min(kBlockTokens, length - start);
-    const auto step = [&](int64_t t, int chain) {
-      const Lanes weight(weights[start + t]);
-      for (int j = 0; j < kVectors; ++j) {
-        sums[chain][j] = at::vec::fmadd(weight, Lanes::loadu(block + t * head_dim + j * kLanes), sums[chain][j]);
-      }
-    };
-    int64_t t = 0;
-    for (; t + 4 <= n; t += 4) {
-      for (int chain = 0; chain < 4; ++chain) step(t + chain, chain);
-    }
-    for (; t < n; ++t) step(t, 0);
-  }
-  const Lanes scale(factor);
-  for (int j = 0; j < kVectors; ++j) {
-    (((sums[0][j] + sums[1][j]) + (sums[2][j] + sums[3][j])) * scale).store(out + j * kLanes);
-  }
-}
-
-// Attention of one query over the first `length` positions of a sequence.
-struct Attention {
-  std::vector<float> scores;
-  std::vector<const float*> keys, values;
-
-  void find(const Cache& cache, int64_t owner, int64_t layer, int64_t head, int64_t length, int64_t head_dim) {
-    const int64_t blocks = (length + kBlockTokens - 1) / kBlockTokens;
-    keys.resize(blocks);
-    values.resize(blocks);
-    scores.resize(blocks * kBlockTokens);
-    for (int64_t b = 0; b < blocks; ++b) {
-      keys[b] = cache.block(owner, b, layer, head);
-      values[b] = keys[b] + kBlockTokens * head_dim;
-    }
-  }
-
-  void run(const float* q, int64_t length, int64_t head_dim, float scale, float* out) {
-    const int64_t blocks = keys.size();
-    int64_t b = 0;
-    for (; b + 4 <= blocks; b += 4) scores_of<4>(q, &keys[b], head_dim, scale, &scores[b * kBlockTokens]);
-    for (; b < blocks; ++b) scores_of<1>(q, &keys[b], head_dim, scale, &scores[b * kBlockTokens]);
-    const int64_t padded = blocks * kBlockTokens;
-    for (int64_t t = length; t < padded; ++t) scores[t] = -std::numeric_limits<float>::infinity();
-    Lanes highest = Lanes::loadu(scores.data());
-    for (int64_t t = kLanes; t < padded; t += kLanes) highest = at::vec::maximum(highest, Lanes::loadu(&scores[t]));
-    float lanes[kLanes];
-    highest.store(lanes);
-    const Lanes top(*std::max_element(lanes, lanes + kLanes));
-    Lanes total(0);
-    for (int64_t t = 0; t < padded; t += kLanes) {
-      const Lanes weight = exp<float>(Lanes::loadu(&scores[t]) - top);
-      weight.store(&scores[t]);
-      total += weight;
-    }
-    total.store(lanes);
-    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-      for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    const float factor = 1.0f / lanes[0];
-    int64_t d = 0;
-    for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) sum_values<2>(d, length, head_dim, factor, out);
-    for (; d < head_dim; d += kLanes) sum_values<1>(d, length, head_dim, factor, out);
-  }
-
- private:
-  std::vector<const float*> shifted_;
-
-  template <int kVectors>
-  void sum_values(int64_t d, int64_t length, int64_t head_dim, float factor, float* out) {
-    shifted_.resize(values.size());
-    for (size_t b = 0; b < values.size(); ++b) shifted_[b] = values[b] + d;
-    weighted_sum<kVectors>(scores.data(), shifted_.data(), length, head_dim, factor, out + d);
-  }
-};
-
 // Packed tokens and where they are.
 struct Tokens {
   int64_t count;
   const int64_t *ids, *owner, *positions;
+
+  Tokens part(int64_t begin, int64_t n) const { return {n, ids + begin, owner + begin, positions + begin}; }
 };
 
 // Work space for `count` tokens and `rows` rows of logits, cut from one allocation.
 class Scratch {
  public:
   Scratch(const Model& m, int64_t count, int64_t rows) {
+    const int64_t at_once = std::min(count, kTokensAtOnce);
     qkv_width = panel_columns(m.qkv_size());
     gate_width = panel_columns(2 * m.inner);
     dim_width = panel_columns(m.dim);
     vocab_width = panel_columns(m.vocab);
     const int64_t attended_width = m.heads * m.head_dim;
-    memory_ = at::empty({count * (m.dim + dim_width * 2 + qkv_width + gate_width + m.inner + attended_width) +
+    memory_ = at::empty({count * m.dim + at_once * (dim_width * 2 + qkv_width + gate_width + m.inner + attended_width) +
                          rows * (m.dim + 2 * vocab_width)}, at::kFloat);
     float* next = memory_.mutable_data_ptr<float>();
     const auto take = [&](int64_t n) { return std::exchange(next, next + n); };
     x = take(count * m.dim);
-    normed = take(count * dim_width);
-    delta = take(count * dim_width);
-    qkv = take(count * qkv_width);
-    gate_up = take(count * gate_width);
-    inner = take(count * m.inner);
-    attended = take(count * attended_width);
+    normed = take(at_once * dim_width);
+    delta = take(at_once * dim_width);
+    qkv = take(at_once * qkv_width);
+    gate_up = take(at_once * gate_width);
+    inner = take(at_once * m.inner);
+    attended = take(at_once * attended_width);
     last = take(rows * m.dim);
     logits = take(rows * vocab_width);
     sampling = take(rows * vocab_width);
@@ -272,57 +170,81 @@ void check_tokens(const Model& m, const Tokens& tokens) {
   }
 }
 
-// The residual stream after all layers, in scratch.x.
-void run_layers(const Model& m, const Cache& cache, const Tokens& tokens, const Scratch& s) {
-  const int64_t count = tokens.count, half = m.head_dim / 2, q_size = m.heads * m.head_dim;
-  const int64_t kv_size = m.kv_heads * m.head_dim, group = m.heads / m.kv_heads;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(m.head_dim));
-  check_tokens(m, tokens);
-  for_each_row(count, [&](int64_t t) { std::copy_n(m.embedding + tokens.ids[t] * m.dim, m.dim, s.x + t * m.dim); });
-  for (size_t l = 0; l < m.layers.size(); ++l) {
-    const Layer& layer = m.layers[l];
-    for_each_row(count, [&](int64_t t) {
-      rms_norm(s.x + t * m.dim, layer.input_norm, m.dim, m.eps, s.normed + t * s.dim_width);
-    });
-    multiply_panels(s.normed, s.dim_width, count, layer.qkv, m.dim, m.qkv_size(), s.qkv, s.qkv_width);
-    for_each_row(count, [&](int64_t t) {
-      float* const row = s.qkv + t * s.qkv_width;
-      const int64_t position = tokens.positions[t], place = position % kBlockTokens;
-      for (int64_t h = 0; h < m.heads + m.kv_heads; ++h) {
-        rotate(row + h * m.head_dim, m.cosines + position * half, m.sines + position * half, half);
-      }
-      for (int64_t h = 0; h < m.kv_heads; ++h) {
-        float* const keys = cache.block(tokens.owner[t], position / kBlockTokens, l, h);
-        const float* const key = row + q_size + h * m.head_dim;
-        for (int64_t d = 0; d < m.head_dim; ++d) keys[d * kBlockTokens + place] = key[d];
-        std::copy_n(key + kv_size, m.head_dim, keys + (kBlockTokens + place) * m.head_dim);
-      }
-    });
-    at::parallel_for(0, count, kQueriesPerTask, [&](int64_t begin, int64_t end) {
-      Attention attention;
-      // Head by head: what sequences or tokens share of one head stays in the processor's cache.
-      for (int64_t h = 0; h < m.kv_heads; ++h) {
-        for (int64_t t = begin; t < end; ++t) {
+// Attention of tokens to their sequences, from s.qkv to s.attended.
+void attend(const Model& m, const Cache& cache, const Tokens& tokens, int64_t layer, const Scratch& s) {
+  const int64_t q_size = m.heads * m.head_dim, group = m.heads / m.kv_heads;
+  at::parallel_for(0, tokens.count, kTokensPerTask, [&](int64_t begin, int64_t end) {
+    PagedAttention attention(m.head_dim);
+    // Head by head: what sequences or tokens share of one head stays in the processor's cache.
+    for (int64_t h = 0; h < m.kv_heads; ++h) {
+      for (int64_t first = begin, t = begin; t < end; first = t) {
+        attention.queries.clear();
+        int64_t longest = 0;
+        for (; t < end && tokens.owner[t] == tokens.owner[first]; ++t) {
           const int64_t length = tokens.positions[t] + 1;
-          attention.find(cache, tokens.owner[t], l, h, length, m.head_dim);
+          longest = std::max(longest, length);
           for (int64_t g = h * group; g < (h + 1) * group; ++g) {
-            attention.run(s.qkv + t * s.qkv_width + g * m.head_dim, length, m.head_dim, scale,
-                          s.attended + t * q_size + g * m.head_dim);
+            attention.queries.push_back(
+                {s.qkv + t * s.qkv_width + g * m.head_dim, length, s.attended + t * q_size + g * m.head_dim});
           }
         }
+        attention.blocks.resize((longest + kBlockTokens - 1) / kBlockTokens);
+        for (size_t b = 0; b < attention.blocks.size(); ++b) {
+          attention.blocks[b] = cache.block(tokens.owner[first], b, layer, h);
+        }
+        attention.run();
       }
-    });
-    multiply_panels(s.attended, q_size, count, layer.output, q_size, m.dim, s.delta, s.dim_width);
-    for_each_row(count, [&](int64_t t) {
-      add(s.x + t * m.dim, s.delta + t * s.dim_width, m.dim);
-      rms_norm(s.x + t * m.dim, layer.post_norm, m.dim, m.eps, s.normed + t * s.dim_width);
-    });
-    multiply_panels(s.normed, s.dim_width, count, layer.gate_up, m.dim, 2 * m.inner, s.gate_up, s.gate_width);
-    for_each_row(count, [&](int64_t t) {
-      swiglu(s.gate_up + t * s.gate_width, s.gate_up + t * s.gate_width + m.inner, m.inner, s.inner + t * m.inner);
-    });
-    multiply_panels(s.inner, m.inner, count, layer.down, m.inner, m.dim, s.delta, s.dim_width);
-    for_each_row(count, [&](int64_t t) { add(s.x + t * m.dim, s.delta + t * s.dim_width, m.dim); });
+    }
+  });
+}
+
+// Tokens through layer l: x [tokens, dim] becomes the residual stream after it. Those before them in their sequences
+// have been there.
+void run_layer(const Model& m, const Cache& cache, const Tokens& tokens, int64_t l, float* x, const Scratch& s) {
+  const Layer& layer = m.layers[l];
+  const int64_t count = tokens.count, half = m.head_dim / 2;
+  const int64_t q_size = m.heads * m.head_dim, kv_size = m.kv_heads * m.head_dim;
+  for_each_row(count, [&](int64_t t) {
+    rms_norm(x + t * m.dim, layer.input_norm, m.dim, m.eps, s.normed + t * s.dim_width);
+  });
+  multiply_panels(s.normed, s.dim_width, count, layer.qkv, m.dim, m.qkv_size(), s.qkv, s.qkv_width);
+  for_each_row(count, [&](int64_t t) {
+    float* const row = s.qkv + t * s.qkv_width;
+    const int64_t position = tokens.positions[t], place = position % kBlockTokens;
+    for (int64_t h = 0; h < m.heads + m.kv_heads; ++h) {
+      rotate(row + h * m.head_dim, m.cosines + position * half, m.sines + position * half, half);
+    }
+    for (int64_t h = 0; h < m.kv_heads; ++h) {
+      float* const keys = cache.block(tokens.owner[t], position / kBlockTokens, l, h);
+      const float* const key = row + q_size + h * m.head_dim;
+      for (int64_t d = 0; d < m.head_dim; ++d) keys[d * kBlockTokens + place] = key[d];
+      std::copy_n(key + kv_size, m.head_dim, keys + (kBlockTokens + place) * m.head_dim);
+    }
+  });
+  attend(m, cache, tokens, l, s);
+  multiply_panels(s.attended, q_size, count, layer.output, q_size, m.dim, s.delta, s.dim_width);
+  for_each_row(count, [&](int64_t t) {
+    add(x + t * m.dim, s.delta + t * s.dim_width, m.dim);
+    rms_norm(x + t * m.dim, layer.post_norm, m.dim, m.eps, s.normed + t * s.dim_width);
+  });
+  multiply_panels(s.normed, s.dim_width, count, layer.gate_up, m.dim, 2 * m.inner, s.gate_up, s.gate_width);
+  for_each_row(count, [&](int64_t t) {
+    swiglu(s.gate_up + t * s.gate_width, s.gate_up + t * s.gate_width + m.inner, m.inner, s.inner + t * m.inner);
+  });
+  multiply_panels(s.inner, m.inner, count, layer.down, m.inner, m.dim, s.delta, s.dim_width);
+  for_each_row(count, [&](int64_t t) { add(x + t * m.dim, s.delta + t * s.dim_width, m.dim); });
+}
+
+// The residual stream after all layers, in scratch.x.
+void run_layers(const Model& m, const Cache& cache, const Tokens& tokens, const Scratch& s) {
+  check_tokens(m, tokens);
+  for_each_row(tokens.count,
+               [&](int64_t t) { std::copy_n(m.embedding + tokens.ids[t] * m.dim, m.dim, s.x + t * m.dim); });
+  for (size_t l = 0; l < m.layers.size(); ++l) {
+    for (int64_t begin = 0; begin < tokens.count; begin += kTokensAtOnce) {
+      const int64_t n = std::min(kTokensAtOnce, tokens.count - begin);
+      run_layer(m, cache, tokens.part(begin, n), l, s.x + begin * m.dim, s);
+    }
   }
 }
 

@@ -10,8 +10,6 @@
 
 namespace srlm {
 
-constexpr int64_t kBlockTokens = 16;  // positions of a block of the cache
-
 // Logits [N, vocab] of tokens `last` [N] out of the packed tokens `ids` [T], whose keys and values join the cache.
 //   weights    per layer: input norm, panels of q k v, of o, post-attention norm, panels of gate and up, of down; then
 //              embedding [vocab, dim], final norm, panels of the head, cosines and sines [positions, head_dim / 2]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 BLOCK_TOKENS = 16
-"""Positions of a block; csrc/decoder.h has the same number."""
+"""Positions of a block; csrc/paged_attention.h has the same number."""
 
 
 class BlockPool:
