@@ -1,8 +1,8 @@
 """Answers and judgements through one engine with the same weights.
 
-A prompt's judgements are submitted as soon as its answers are there, so both kinds share the running batch. Seeds
-derive from (seed, prompt id, answer), never from the order in which things finish, so judging only when all answers are
-there (`candidates.schedule`) gives the same records.
+An answer's judgements are submitted as soon as it is there, behind all answers that wait: both kinds share the running
+batch, and the last answers do not run in an empty one. Seeds derive from (seed, prompt id, answer), never from the
+order in which things finish, so judging only when all answers are there (`candidates.schedule`) gives the same records.
 """
 
 from __future__ import annotations
@@ -205,7 +205,8 @@ class _EngineJudging:
     def more(self) -> bool:
         if not self._held:
             return False
-        self.engine.submit(self._held)
+        # Answers to the same prompt next to each other: an engine then computes what their prompts share once.
+        self.engine.submit(sorted(self._held, key=lambda request: request.metadata[1]))
         self._held = None
         return True
 
@@ -260,7 +261,8 @@ def answer_each(
     n = n or config.n
     records = {row["id"]: {"prompt_id": row["id"], "prompt": row["prompt"], "candidates": []} for row in prompts}
     judging = judge.judging(engine, config.schedule) if judge else None
-    waiting = dict.fromkeys(records, n)  # answers, then judged answers, that a prompt still lacks
+    waiting = dict.fromkeys(records, n)  # answers that a prompt still lacks, or that are not judged yet
+    candidates: dict[tuple[str, int], dict[str, Any]] = {}
     for key, record in records.items():
         ids = chat.encode_prompt(as_messages(record["prompt"]))
         record["prompt_ids"] = ids
@@ -282,18 +284,15 @@ def answer_each(
         on_step()
         if isinstance(result, Completion):
             key = result.request.metadata[1]
-            records[key]["candidates"].append(_candidate(chat, result))
+            candidate = candidates[key, result.index] = _candidate(chat, result)
+            done = judging is None or not _ask(judging, records[key], candidate, seed)
         else:
             (key, index), judgements = result
-            records[key]["candidates"][index].update(
-                judgements=[asdict(j) for j in judgements], score=judge.score(judgements)
-            )
-        waiting[key] -= 1
-        if not waiting[key] and isinstance(result, Completion):
-            records[key]["candidates"].sort(key=lambda candidate: candidate["index"])
-            if judging is not None:
-                waiting[key] = sum(_ask(judging, records[key], c, seed) for c in records[key]["candidates"])
+            candidates[key, index].update(judgements=[asdict(j) for j in judgements], score=judge.score(judgements))
+            done = True
+        waiting[key] -= done
         if not waiting[key]:
+            records[key]["candidates"] = [candidates.pop((key, index)) for index in range(n)]
             yield records[key]
 
 

@@ -163,8 +163,7 @@ class CandidatesConfig:
     shard_size: int = key(256, "prompts per shard: the unit of dividing work among ranks", least=1)
     schedule: str = key(
         "streamed",
-        "when answers are judged: streamed, each prompt's as soon as they are there; sequential, when all of the shard "
-        "are",
+        "when answers are judged: streamed, each as soon as it is there; sequential, when all of the shard are",
         choices=("streamed", "sequential"),
         operational=True,
     )
