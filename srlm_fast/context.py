@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from srlm_fast import checkpoint, checks
 from srlm_fast.chat import chat_format
-from srlm_fast.claims import make_shards
+from srlm_fast.claims import make_overlapping_shards, make_shards
 from srlm_fast.config import GENERATORS, Config
 from srlm_fast.data import Example, RankedPrompt, formats, prompts, read_rows
 from srlm_fast.endpoint import EndpointJudge
@@ -151,3 +151,9 @@ class Context:
     ) -> list[Path]:
         """`srlm_fast.claims.make_shards` in shards of candidates.shard_size rows."""
         return make_shards(self, name, rows, work, self.config.candidates.shard_size)
+
+    def overlapping_shards(
+        self, name: str, rows: Sequence[Any], work: Callable[[Iterator[Sequence[Any]]], Iterable[dict[str, Any]]]
+    ) -> list[Path]:
+        """`srlm_fast.claims.make_overlapping_shards` in shards of candidates.shard_size rows."""
+        return make_overlapping_shards(self, name, rows, work, self.config.candidates.shard_size)

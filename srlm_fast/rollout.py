@@ -238,11 +238,83 @@ def judge_each(engine: Engine, judge: Judge, replies: Sequence[Reply], seed: int
     yield from _results(engine, judging)
 
 
-def answer_each(
+class _Answers:
+    """Prompts under way: their answers, and the judgements of these."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        chat: ChatFormat,
+        config: CandidatesConfig,
+        seed: int,
+        max_seq_len: int,
+        judge: Scorer | None,
+    ) -> None:
+        self.engine, self.chat, self.config, self.seed, self.max_seq_len = engine, chat, config, seed, max_seq_len
+        self.judge = judge
+        self.judging = judge.judging(engine, config.schedule) if judge else None
+        self.unfinished = 0  # answers that are wanted and not there, or not judged
+        self._records: dict[str, dict[str, Any]] = {}
+        self._candidates: dict[str, dict[int, dict[str, Any]]] = {}  # of a prompt, by index
+        self._waiting: dict[str, int] = {}  # unfinished answers of a prompt
+
+    def begin(self, prompts: Sequence[dict[str, str]], n: int) -> Iterator[dict[str, Any]]:
+        """Submits prompts; yields the records of those that are too long."""
+        for row in prompts:
+            key, ids = row["id"], self.chat.encode_prompt(as_messages(row["prompt"]))
+            record = {"prompt_id": key, "prompt": row["prompt"], "candidates": [], "prompt_ids": ids}
+            if len(ids) + self.config.max_new_tokens > self.max_seq_len:
+                yield record
+                continue
+            self._records[key], self._candidates[key], self._waiting[key] = record, {}, n
+            self.unfinished += n
+            request = Request(
+                prompt_ids=ids,
+                n=n,
+                temperature=self.config.temperature,
+                top_p=self.config.top_p,
+                max_new_tokens=self.config.max_new_tokens,
+                seed=derive_seed(self.seed, "answer", key),
+                stop_ids=self.chat.stop_ids,
+                metadata=("answer", key),
+            )
+            self.engine.submit([request])
+
+    def take(self, result: Completion | Judged) -> Iterator[dict[str, Any]]:
+        """Takes an answer or the judgements of one; yields the record that this finishes."""
+        if isinstance(result, Completion):
+            key = result.request.metadata[1]
+            candidate = self._candidates[key][result.index] = _candidate(self.chat, result)
+            if self.judging is not None and self._ask(self._records[key], candidate):
+                return
+        else:
+            (key, index), judgements = result
+            self._candidates[key][index].update(
+                judgements=[asdict(j) for j in judgements], score=self.judge.score(judgements)
+            )
+        self.unfinished -= 1
+        self._waiting[key] -= 1
+        if not self._waiting[key]:
+            del self._waiting[key]
+            record = self._records.pop(key)
+            record["candidates"] = [candidate for _, candidate in sorted(self._candidates.pop(key).items())]
+            yield record
+
+    def _ask(self, record: dict[str, Any], candidate: dict[str, Any]) -> bool:
+        """Asks for the judgements of a candidate; False, and no score, when it is too long."""
+        key, index = record["prompt_id"], candidate["index"]
+        reply = Reply(f"{key}/{index}", record["prompt"], candidate["text"])
+        asked = self.judging.submit(reply, derive_seed(self.seed, "judge", reply.id), (key, index))
+        if not asked:
+            candidate.update(judgements=[], score=None)
+        return asked
+
+
+def answer_parts(
     engine: Engine,
     chat: ChatFormat,
     config: CandidatesConfig,
-    prompts: Sequence[dict[str, str]],
+    parts: Iterable[Sequence[dict[str, str]]],
     seed: int,
     max_seq_len: int,
     *,
@@ -253,57 +325,35 @@ def answer_each(
     """n answers to every prompt and, with a judge, their judgements and mean scores; see `answer`.
 
     Args:
+        parts: the prompts in parts. With schedule "streamed" the next one begins before the batch runs empty: when as
+            many answers are unfinished as fill half of it, for an unfinished one has two judgements under way or so.
+            Else it begins when all is done.
         on_step: called between results, often enough to notice a stop soon.
 
     Yields:
         One record per prompt, as it is finished.
     """
-    n = n or config.n
-    records = {row["id"]: {"prompt_id": row["id"], "prompt": row["prompt"], "candidates": []} for row in prompts}
-    judging = judge.judging(engine, config.schedule) if judge else None
-    waiting = dict.fromkeys(records, n)  # answers that a prompt still lacks, or that are not judged yet
-    candidates: dict[tuple[str, int], dict[str, Any]] = {}
-    for key, record in records.items():
-        ids = chat.encode_prompt(as_messages(record["prompt"]))
-        record["prompt_ids"] = ids
-        if len(ids) + config.max_new_tokens > max_seq_len:
-            yield record
-            continue
-        request = Request(
-            prompt_ids=ids,
-            n=n,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_new_tokens=config.max_new_tokens,
-            seed=derive_seed(seed, "answer", key),
-            stop_ids=chat.stop_ids,
-            metadata=("answer", key),
-        )
-        engine.submit([request])
-    for result in _results(engine, judging):
-        on_step()
-        if isinstance(result, Completion):
-            key = result.request.metadata[1]
-            candidate = candidates[key, result.index] = _candidate(chat, result)
-            done = judging is None or not _ask(judging, records[key], candidate, seed)
-        else:
-            (key, index), judgements = result
-            candidates[key, index].update(judgements=[asdict(j) for j in judgements], score=judge.score(judgements))
-            done = True
-        waiting[key] -= done
-        if not waiting[key]:
-            records[key]["candidates"] = [candidates.pop((key, index)) for index in range(n)]
-            yield records[key]
+    coming = iter(parts)
+    while (part := next(coming, None)) is not None:
+        answers = _Answers(engine, chat, config, seed, max_seq_len, judge)
+        yield from answers.begin(part, n or config.n)
+        for result in _results(engine, answers.judging):
+            on_step()
+            yield from answers.take(result)
+            if config.schedule == "streamed" and answers.unfinished <= engine.max_batch // 2:
+                yield from answers.begin(next(coming, ()), n or config.n)
 
 
-def _ask(judging: Judging, record: dict[str, Any], candidate: dict[str, Any], seed: int) -> bool:
-    """Asks for the judgements of a candidate; False, and no score, when it is too long."""
-    key, index = record["prompt_id"], candidate["index"]
-    reply = Reply(f"{key}/{index}", record["prompt"], candidate["text"])
-    asked = judging.submit(reply, derive_seed(seed, "judge", reply.id), (key, index))
-    if not asked:
-        candidate.update(judgements=[], score=None)
-    return asked
+def answer_each(
+    engine: Engine,
+    chat: ChatFormat,
+    config: CandidatesConfig,
+    prompts: Sequence[dict[str, str]],
+    *arguments: Any,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """`answer_parts` of prompts that are all there."""
+    return answer_parts(engine, chat, config, [prompts], *arguments, **options)
 
 
 def answer(

@@ -104,6 +104,24 @@ def test_shards_are_resumed_and_empty_input_has_none(tmp_path):
     assert run.shards("y", [], work) == []
 
 
+def test_shards_may_overlap(tmp_path):
+    run = context(tmp_path, "candidates.shard_size=2")
+    rows = [{"id": name} for name in "abcde"]
+
+    def work(parts):
+        first, second = next(parts), next(parts)
+        yield first[0]
+        yield from second
+        assert (run.run_dir / "x/shard-00001.jsonl").exists(), "sealed when its last row is there"
+        assert not (run.run_dir / "x/shard-00000.jsonl").exists()
+        yield from next(parts)
+        yield first[1]
+
+    files = run.overlapping_shards("x", rows, work)
+    assert [run.rows(f"x/{file.name}") for file in files] == [rows[:2], rows[2:4], rows[4:]]
+    assert sorted(files[0].parent.iterdir()) == files, "no parts are left"
+
+
 def test_finished_rows_of_a_stopped_shard_are_kept(tmp_path):
     run = context(tmp_path, "candidates.shard_size=4")
     worked = []

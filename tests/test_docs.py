@@ -121,6 +121,8 @@ def documented(*headings: str) -> set[str]:
 class Echo:
     """An engine that ends every answer at once."""
 
+    max_batch = 1
+
     def submit(self, requests):
         self.requests = list(requests)
 

@@ -18,7 +18,7 @@ from srlm_fast.engine.base import Completion
 from srlm_fast.errors import UserError
 from srlm_fast.judge import TEMPLATE
 from srlm_fast.model import Llama, LlamaConfig
-from srlm_fast.rollout import Judge, Reply, answer, answer_each, judge_each
+from srlm_fast.rollout import Judge, Reply, answer, answer_each, answer_parts, judge_each
 from srlm_fast.shards import Shard
 from srlm_fast.tokenizer import load_tokenizer
 
@@ -152,7 +152,7 @@ class Watched:
     """An engine that notes what is submitted."""
 
     def __init__(self, engine):
-        self.engine, self.kinds = engine, []
+        self.engine, self.kinds, self.max_batch = engine, [], engine.max_batch
 
     def submit(self, requests):
         self.kinds += [request.metadata[:2] for request in requests]
@@ -179,6 +179,22 @@ def test_judgements_join_while_answers_are_under_way_or_wait_for_all(engine, cha
             owners = [kind[1][0] for kind in watched.kinds[first : first + 9]]
             assert kinds[:first].count("done") == 9
             assert owners == sorted(owners), "a prompt's requests are neighbours"
+
+
+def test_streamed_parts_overlap_and_give_the_same_records(engine, chat):
+    """The second part begins while the first is under way, or after it; nothing else changes."""
+    prompts = [{"id": f"p{i}", "prompt": f"{TEXTS[i % 3]} {i}"} for i in range(6)]
+    judge, found = Judge(chat, JUDGE, 256), {}
+    for schedule in ("streamed", "sequential"):
+        watched, config = Watched(engine), replace(CANDIDATES, schedule=schedule)
+        parts = (prompts[:3], [], prompts[3:])
+        records = list(answer_parts(watched, chat, config, parts, 7, 256, judge=judge))
+        found[schedule] = sorted(records, key=lambda record: record["prompt_id"])
+        second = watched.kinds.index(("answer", "p3"))
+        done = watched.kinds[:second].count("done")
+        assert (done < 3 * 3 * 3) if schedule == "streamed" else (done == 3 * 3 * 3)
+    together = answer(engine, chat, CANDIDATES, prompts, 7, 256, judge=judge)
+    assert found["streamed"] == found["sequential"] == together
 
 
 def test_judge_prompts_share_the_rubric_and_those_of_a_prompt_the_instruction(chat):

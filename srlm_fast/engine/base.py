@@ -59,6 +59,7 @@ class Engine(Protocol):
     """A generation engine; made by `load_engine`, it holds no weights until `load`."""
 
     stats: EngineStats
+    max_batch: int  # sequences decoded at the same time
 
     def load(self, weights: str | Path) -> None:
         """Reads the weights of a Hugging Face folder, in place of those it had; drops all requests under way."""

@@ -20,7 +20,7 @@ from srlm_fast.errors import UserError
 from srlm_fast.judge import DECIDES, Judgement
 from srlm_fast.phases import PhaseResult, mean
 from srlm_fast.progress import progress
-from srlm_fast.rollout import Judge, Reply, answer_each, judge_each
+from srlm_fast.rollout import Judge, Reply, answer_parts, judge_each
 from srlm_fast.rundir import write_jsonl
 from srlm_fast.seeds import derive_seed
 
@@ -209,11 +209,11 @@ def candidates(run: Context, t: int) -> PhaseResult:
     # A server is asked by the rank that writes the records alone.
     judge = run.candidate_judge if run.world.leads_group or run.candidate_judge is run.judge else None
 
-    def work(prompts: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    def work(parts: Iterator[Sequence[dict[str, str]]]) -> Iterator[dict[str, Any]]:
         limit, options = config.model.max_seq_len, config.candidates
-        return answer_each(engine, run.chat, options, prompts, seed, limit, judge=judge, on_step=run.check_stop)
+        return answer_parts(engine, run.chat, options, parts, seed, limit, judge=judge, on_step=run.check_stop)
 
-    files = run.shards(name, run.rows(f"m{t}/prompts.jsonl"), work)
+    files = run.overlapping_shards(name, run.rows(f"m{t}/prompts.jsonl"), work)
     rows = shard_rows(run, name)
     answers = [candidate for row in rows for candidate in row["candidates"]]
     judgements = [j for candidate in answers for j in candidate["judgements"]]
