@@ -106,3 +106,4 @@ def generator(config: Config, llama: LlamaConfig, tokenizer: Tokenizer | None) -
             f"prompts.generator={config.prompts.generator} has another shape than model.path, and vllm serves one "
             "shape per process; write the prompts in a run with engine.name=native"
         )
+    checkpoint.check_weights(config.prompts.generator)

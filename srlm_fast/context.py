@@ -46,6 +46,8 @@ class Context:
         check_parallel(world.size, config.parallel, moments, lora=config.lora.rank)
         self.llama: LlamaConfig = checkpoint.read_config(Path(config.model.path))
         checks.shape(config, self.llama)
+        if not config.model.random_init:
+            checkpoint.check_weights(config.model.path)
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         check_vocab(self.tokenizer, self.llama.vocab_size)
         self.chat = chat_format(config.model.chat_format, self.tokenizer)

@@ -76,6 +76,7 @@ def train(config: TrainRunConfig, world: World, *, cache_only: bool = False) -> 
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         llama = checkpoint.read_config(config.model)
         check_vocab(tokenizer, llama.vocab_size)
+        world.on_main(lambda: checkpoint.check_weights(config.model))
         items, held_out = _read(config, objective, tokenizer, run, world)
         computes_in = compute_dtype(world.device, config.parallel)
 

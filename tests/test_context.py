@@ -1,6 +1,7 @@
 """What a run refuses before any work starts, and what its phases share."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def context(tmp_path: Path, *overrides: str) -> Context:
         (["evaluate.prompts=tiny.txt"], "tiny.txt:1: broken JSON"),
         (["evaluate.prompts=empty.jsonl"], "empty.jsonl: no usable row"),
         (["model.path=config_only"], "model.path: no safetensors in .*config_only; .*model.random_init=true"),
+        (["model.path=truncated"], "truncated/model.safetensors: cannot be read as safetensors, truncated or damaged"),
+        (["prompts.generator=truncated"], "truncated/model.safetensors: cannot be read as safetensors"),
         (["prompts.generator=short"], "prompts.generator=short has max_position_embeddings=100, below"),
         (["engine.tensor_parallel=2"], "engine.tensor_parallel=2: the native engine has the whole model in"),
         (["engine.name=vllm", "prompts.generator=wide"], "prompts.generator=wide has another shape than model.path"),
@@ -57,6 +60,8 @@ def test_what_could_only_fail_later_is_refused_at_once(tmp_path, monkeypatch, ov
         shutil.copy(TINY / "tokenizer.model", tmp_path / name)
         hf = {**json.loads((TINY / "config.json").read_text()), **changes}
         (tmp_path / name / "config.json").write_text(json.dumps(hf))
+    shutil.copytree(TINY, tmp_path / "truncated")
+    os.truncate(tmp_path / "truncated/model.safetensors", 100_000)
     with pytest.raises(UserError, match=says):
         context(tmp_path, *overrides)
     assert not (tmp_path / "run").exists()
