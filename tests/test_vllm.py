@@ -274,6 +274,15 @@ def test_pushed_weights_are_served_without_the_old_prefix_cache(ranks):
 
 
 @marked
+@pytest.mark.parametrize("layout", ["replicas", "parallel"])
+def test_weights_are_pushed_from_the_shards_of_deepspeed(measured, layout):
+    for found in measured(layout):
+        zero = found["pushed_from_zero"]
+        assert zero["sharded"] is zero["pushed"] is True
+        assert zero["tokens"] == found["pushed"]["tokens"] and zero["off"] <= 1e-4
+
+
+@marked
 def test_missing_and_wrong_names_are_refused(ranks):
     for found in ranks:
         wrong, cut_off = found["wrong_names"], found["cut_off"]

@@ -20,12 +20,13 @@ import torch
 from torch import nn
 
 from srlm_fast.checkpoint import save_weights
+from srlm_fast.config.keys import ParallelConfig
 from srlm_fast.engine import Completion, Request, load_engine
 from srlm_fast.engine import vllm as module
 from srlm_fast.engine.vllm_weights import take_probe
 from srlm_fast.errors import UserError
 from srlm_fast.model import Llama, LlamaConfig
-from srlm_fast.parallel import World, shard
+from srlm_fast.parallel import World, parallelize, shard
 
 CONFIG = LlamaConfig(
     vocab_size=211,  # vLLM pads it to 256
@@ -239,6 +240,19 @@ class Case:
             "off": self.off("B", self.engine.stream([Request(prompt(150), 4, 0.7, 0.9, 30)])),
         }
 
+    def pushed_from_zero(self) -> Any:
+        """Weights that DeepSpeed holds in shards, after others."""
+        if self.world.size == 1:
+            return None
+        self.push("A")
+        sharded = parallelize(make_model(1), self.world, ParallelConfig(backend="deepspeed", zero_stage=3))
+        return {
+            "sharded": all(p.numel() == 0 and p.ds_tensor.numel() < p.ds_numel for p in sharded.parameters()),
+            "pushed": self.engine.push(sharded, self.out / "B"),
+            "tokens": self.greedy(self.engine),
+            "off": self.off("B", self.engine.stream([Request(prompt(30), 2, 0.7, 0.9, 20)])),
+        }
+
     def cache_in_use(self) -> Any:
         llm = self.engine._llm
         llm.reset_prefix_cache = lambda: False
@@ -342,6 +356,7 @@ CHECKS = (
     "refusals",
     "vocabulary",
     "pushed",
+    "pushed_from_zero",
     "cache_in_use",
     "wrong_names",
     "cut_off",
