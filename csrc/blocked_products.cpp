@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "blocks.h"
 
@@ -19,6 +20,7 @@ constexpr int64_t kVocabTile = 128;   // rows of W's gradient made at a time
 constexpr int64_t kVocabBlock = 256;  // of the vocabulary summed over at a time: a packed tile of them stays in cache
 constexpr int64_t kVocabSlices = 8;   // of the vocabulary with a sum of their own, added up in this order
 constexpr int64_t kRowBlock = 512;    // rows of x or U at a time: fewer would not pay for the packing
+constexpr int64_t kNarrow = 4096;     // of the vocabulary, of which a packed tile stays in the cache whole
 
 template <typename T>
 void multiply_transposed_(const at::Tensor& x, const at::Tensor& w, at::Tensor& out) {
@@ -35,9 +37,37 @@ void multiply_transposed_(const at::Tensor& x, const at::Tensor& w, at::Tensor& 
   });
 }
 
+// `multiply_` without scale for a narrow u with an even number of columns: no partial sums, a task is a tile of w.
+template <typename T>
+void multiply_narrow(const at::Tensor& u, const at::Tensor& w, at::Tensor& out) {
+  const int64_t rows = u.size(0), k = w.size(0), dim = w.size(1), ldu = u.stride(0), ld_out = out.stride(0);
+  const T *u_data = u.const_data_ptr<T>(), *w_data = w.const_data_ptr<T>();
+  T* const dx = out.mutable_data_ptr<T>();
+  for_each_task<T>(tiles(dim, kTile), [&](int64_t tile) {
+    const int64_t d = tile * kTile, cols = std::min(kTile, dim - d);
+    const Scratch<T> packed(k * kTile);
+    pack(w_data + d, dim, k, cols, packed.get());
+    if constexpr (std::is_same_v<T, float>) {
+      product(rows, cols, k, u_data, ldu, packed.get(), dx + d, ld_out, false);
+    } else {
+      const Scratch<float> sums(kRowBlock * kTile);
+      for (int64_t start = 0; start < rows; start += kRowBlock) {
+        const int64_t size = std::min(kRowBlock, rows - start);
+        product(size, cols, k, u_data + start * ldu, ldu, packed.get(), sums.get(), kTile, false);
+        for (int64_t r = 0; r < size; ++r) {
+          for_each_vector<T>(cols, [&](int64_t i, int64_t n) {
+            store<T>(dx + (start + r) * ld_out + d + i, load(sums.get() + r * kTile + i, n), n);
+          });
+        }
+      }
+    }
+  });
+}
+
 template <typename T>
 void multiply_(const at::Tensor& u, const at::Tensor& w, const at::Tensor& scale, at::Tensor& out) {
   const int64_t vocab = w.size(0), dim = w.size(1), ldu = u.stride(0);
+  if (vocab <= kNarrow && vocab % kPair<T> == 0 && !scale.defined()) return multiply_narrow<T>(u, w, out);
   // The last column of an odd vocabulary has no partner in memory.
   const int64_t whole = vocab / kPair<T> * kPair<T>;
   const at::Tensor last = whole < vocab ? whole_pairs<T>(u.narrow(1, whole, vocab - whole)) : at::Tensor();

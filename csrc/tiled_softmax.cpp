@@ -21,7 +21,7 @@ constexpr int64_t kRows = 256;       // in a tile of logits, which then is 128 K
 constexpr int64_t kSlices = 16;      // of the vocabulary with statistics of their own
 constexpr int64_t kMostRows = 2048;  // with statistics in memory at a time
 constexpr int64_t kDwRows = 512;     // that a block of dW is summed over at a time
-constexpr int64_t kMostElements = 4 << 20;  // of U at a time: more leave the cache
+constexpr int64_t kMostElements = 4 << 20;  // of U, and of W packed for it, at a time: more leave the cache
 constexpr int64_t kLanes = Vec<float>::size();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
@@ -207,7 +207,7 @@ class Gradients {
         vocab_(w.size(0)),
         dim_(x.size(1)),
         d_tiles_(tiles(dim_, kTile)),
-        most_cols_(blocks(std::min(elements, kMostElements) / n_rows_, vocab_) * kCols),
+        most_cols_(blocks(std::min(elements, kMostElements) / std::max(n_rows_, dim_), vocab_) * kCols),
         // Rows of U do not lie powers of two apart, where they would share few places in the cache.
         ldu_(most_cols_ + 32),
         x_stride_(round_to_pairs<T>(n_rows_) * kTile),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from srlm_fast.kernels.linear import IntoMainGrad
 from srlm_fast.kernels.linear_softmax import (
     TILED,
     linear_softmax,
@@ -147,28 +148,13 @@ def total_loss(
     return _TotalLoss.apply(x.contiguous(), weight, target, *options)[0]
 
 
-class _IntoMainGrad(torch.autograd.Function):
-    """The identity, whose gradient is added to `main_grad` instead of going on."""
-
-    @staticmethod
-    def forward(ctx, weight, main_grad):
-        ctx.main_grad = main_grad
-        return weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        ctx.main_grad += grad
-        return None, None
-
-
 def reference_losses(
     x: Tensor, weight: Tensor, target: Tensor, softmax: Softmax, main_grad: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`row_losses` by plain torch under autograd, with all of the log-probabilities in memory."""
     wide, eps = wide_dtype(x.dtype), softmax.label_smoothing
     if main_grad is not None:
-        weight = _IntoMainGrad.apply(weight, main_grad)
+        weight = IntoMainGrad.apply(weight, main_grad)
     z = x.to(wide) @ weight.to(wide).t()
     if softmax.softcap:
         z = softmax.softcap * torch.tanh(z / softmax.softcap)

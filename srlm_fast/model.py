@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srlm_fast.errors import UserError
+from srlm_fast.kernels.embedding import embedding
 from srlm_fast.kernels.linear import linear
 from srlm_fast.kernels.linear_logprob import linear_logprob, log_collisions
 from srlm_fast.kernels.rms_norm import add_rms_norm, rms_norm
@@ -186,6 +187,20 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
     return inv_freq
 
 
+def main_grad(weight: nn.Parameter) -> Tensor | None:
+    """What the operator that makes a matrix's gradient adds it to, so that no other tensor is made for it.
+
+    That is `weight.grad` if whoever trains the model has set `weight.adds_in_place`: hooks on the gradient then see
+    nothing. Under torch.compile autograd adds it.
+    """
+    in_place = getattr(weight, "adds_in_place", False) and torch.is_grad_enabled()
+    if not in_place or torch.compiler.is_compiling():
+        return None
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, after the addition of what the branch before it gave."""
 
@@ -210,11 +225,14 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, main_grad=main_grad(self.weight))
 
 
 class Embedding(nn.Embedding):
     """nn.Embedding, which on the meta device is not filled: for random numbers there torch loads its compiler."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return embedding(ids, self.weight, main_grad=main_grad(self.weight))
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
@@ -345,9 +363,10 @@ class Llama(nn.Module):
         if rows is not None:
             x, delta = x.index_select(0, rows), delta.index_select(0, rows)
         _, x = self.model.norm(x, delta)
+        head = self.lm_head.weight
         if collisions:
-            logps, entropies = linear_logprob(x, self.lm_head.weight, targets, return_entropy=True)
-            return logps, entropies, log_collisions(x, self.lm_head.weight, targets, logps)
+            logps, entropies = linear_logprob(x, head, targets, return_entropy=True, main_grad=main_grad(head))
+            return logps, entropies, log_collisions(x, head, targets, logps)
         if targets is not None:
-            return linear_logprob(x, self.lm_head.weight, targets, return_entropy=entropy)
+            return linear_logprob(x, head, targets, return_entropy=entropy, main_grad=main_grad(head))
         return self.lm_head(x)

@@ -25,7 +25,7 @@ def test_value_and_gradients(implementation, shape, dtype):
     x, weight, grad = case(*shape, dtype)
     exact_x, exact_w = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     exact = F.linear(exact_x, exact_w)
-    ours = torch.ops.srlm.linear(x, weight)
+    ours = torch.ops.srlm.linear(x, weight, None)
     assert ours.dtype == dtype and ours.is_contiguous()
     pairs = zip(
         (ours, *torch.autograd.grad(ours, (x, weight), grad)),
@@ -45,6 +45,19 @@ def test_only_what_needs_a_gradient_gets_one(frozen):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("kernels", ["fused", "reference"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_main_grad_takes_the_weights_gradient(kernels, shape):
+    x, weight, grad = case(*shape)
+    before = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    main_grad = before.clone()
+    with library.using(kernels):
+        linear(x, weight, main_grad=main_grad).backward(grad)
+    exact = before.double() + grad.double().t() @ x.detach().double()
+    assert weight.grad is None and relative_error(main_grad, exact) < ROUNDING[torch.float32]
+    assert x.grad.shape == x.shape
+
+
 def test_a_row_does_not_depend_on_the_others():
     with running("cpp"):
         x, weight, _ = case(300, 96, 150)
@@ -62,15 +75,18 @@ def test_nan_stays_in_its_row(implementation):
 
 def test_gradcheck():
     x, weight, _ = case(3, 4, 5, torch.float64)
-    assert torch.autograd.gradcheck(torch.ops.srlm.linear, (x, weight))
+    assert torch.autograd.gradcheck(torch.ops.srlm.linear, (x, weight, None))
 
 
 def test_compiles_and_is_registered_soundly():
     x, weight, grad = case(6, 5, 4)
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, weight), linear(x, weight), rtol=0, atol=0)
-    torch.library.opcheck(torch.ops.srlm.linear.default, (x, weight))
-    torch.library.opcheck(torch.ops.srlm.linear_backward.default, (grad, x.detach(), weight.detach(), True, True))
+    main_grad = torch.zeros_like(weight, requires_grad=False)
+    torch.library.opcheck(torch.ops.srlm.linear.default, (x, weight, main_grad))
+    for into in (None, main_grad):
+        arguments = (grad, x.detach(), weight.detach(), into, True, True)
+        torch.library.opcheck(torch.ops.srlm.linear_backward.default, arguments)
 
 
 def test_reference_is_torchs_own():

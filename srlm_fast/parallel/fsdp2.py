@@ -131,6 +131,8 @@ class Fsdp2:
 
     def begin(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        for p in self.model.parameters():
+            p.adds_in_place = self._whole_on_cpu and p.requires_grad and p.dtype == torch.float32
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -149,12 +151,21 @@ class Fsdp2:
         self.discard()
 
     def discard(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        # On a CPU memory that is new costs more time than zeros.
+        self.optimizer.zero_grad(set_to_none=not self._whole_on_cpu)
 
     def end(self) -> None:
+        for p in self.model.parameters():
+            p.grad, p.adds_in_place = None, False
         self.optimizer = None
 
+    @property
+    def _whole_on_cpu(self) -> bool:
+        return not isinstance(self.model, FSDPModule) and next(self.model.parameters()).device.type == "cpu"
+
     def state(self, *, optimizer: bool = True) -> dict[str, Any]:
+        if self.optimizer is not None and not self.optimizer.state:
+            self.optimizer.zero_grad(set_to_none=True)  # torch makes the moments of an optimizer without gradients only
         options = self._state_options()
         if not optimizer:
             return {"model": get_model_state_dict(self.model, options=options)}
