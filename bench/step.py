@@ -26,7 +26,7 @@ import torch
 from measure import environment
 from step_case import SHAPES, llama_config, read_pairs, write
 from step_parallel import compare
-from step_trainers import LEVERS
+from step_trainers import LEVERS, OURS
 
 BATCH = 16
 
@@ -67,7 +67,8 @@ def main() -> None:
     if arguments.parallel:
         return compare(arguments, BATCH)
     peers = [f"trl/{n}" for n in arguments.trl] if find_spec("trl") else []
-    names = ["ours", *peers, *(f"levers/{i}" for i in range(len(LEVERS)) if arguments.levers)]
+    ours = [f"ours/{i}" for i in range(len(OURS))]
+    names = [*ours, *peers, *(f"levers/{i}" for i in range(len(LEVERS)) if arguments.levers)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write(folder, arguments.shape, arguments.pairs)
@@ -87,13 +88,13 @@ def main() -> None:
     )
     print("| trainer | pairs/s with the reference pass | pairs/s without | time, ours = 1 | peak MiB | loss apart |")
     print("|---|---|---|---|---|---|")
-    ours = results["ours"]
-    best = statistics.median(result["steps"] + result["reference"] for result in ours)
+    plain = results["ours/0"]
+    best = statistics.median(result["steps"] + result["reference"] for result in plain)
     for name, found in results.items():
         kind, _, number = name.partition("/")
-        shown = f"TRL, {number} pairs a pass" if kind == "trl" else LEVERS[int(number)] if number else "srlm-fast"
+        shown = {"ours": OURS, "levers": LEVERS}[kind][int(number)] if kind != "trl" else f"TRL, {number} pairs a pass"
         if found:
-            print(row(shown, found, len(items), best, ours[0]["losses"]))
+            print(row(shown, found, len(items), best, plain[0]["losses"]))
 
 
 if __name__ == "__main__":
