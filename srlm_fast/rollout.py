@@ -320,6 +320,7 @@ def answer_parts(
     *,
     judge: Scorer | None = None,
     n: int | None = None,
+    overlap: bool = True,
     on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Any]]:
     """n answers to every prompt and, with a judge, their judgements and mean scores; see `answer`.
@@ -328,19 +329,20 @@ def answer_parts(
         parts: the prompts in parts. With schedule "streamed" the next one begins before the batch runs empty: when as
             many answers are unfinished as fill half of it, for an unfinished one has two judgements under way or so.
             Else it begins when all is done.
+        overlap: False: also with schedule "streamed".
         on_step: called between results, often enough to notice a stop soon.
 
     Yields:
         One record per prompt, as it is finished.
     """
-    coming = iter(parts)
+    coming, overlap = iter(parts), overlap and config.schedule == "streamed"
     while (part := next(coming, None)) is not None:
         answers = _Answers(engine, chat, config, seed, max_seq_len, judge)
         yield from answers.begin(part, n or config.n)
         for result in _results(engine, answers.judging):
             on_step()
             yield from answers.take(result)
-            if config.schedule == "streamed" and answers.unfinished <= engine.max_batch // 2:
+            if overlap and answers.unfinished <= engine.max_batch // 2:
                 yield from answers.begin(next(coming, ()), n or config.n)
 
 

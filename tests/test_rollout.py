@@ -185,16 +185,16 @@ def test_streamed_parts_overlap_and_give_the_same_records(engine, chat):
     """The second part begins while the first is under way, or after it; nothing else changes."""
     prompts = [{"id": f"p{i}", "prompt": f"{TEXTS[i % 3]} {i}"} for i in range(6)]
     judge, found = Judge(chat, JUDGE, 256), {}
-    for schedule in ("streamed", "sequential"):
+    for schedule, overlap in (("streamed", True), ("streamed", False), ("sequential", True)):
         watched, config = Watched(engine), replace(CANDIDATES, schedule=schedule)
         parts = (prompts[:3], [], prompts[3:])
-        records = list(answer_parts(watched, chat, config, parts, 7, 256, judge=judge))
-        found[schedule] = sorted(records, key=lambda record: record["prompt_id"])
+        records = list(answer_parts(watched, chat, config, parts, 7, 256, judge=judge, overlap=overlap))
+        found[schedule, overlap] = sorted(records, key=lambda record: record["prompt_id"])
         second = watched.kinds.index(("answer", "p3"))
-        done = watched.kinds[:second].count("done")
-        assert (done < 3 * 3 * 3) if schedule == "streamed" else (done == 3 * 3 * 3)
+        done, all_done = watched.kinds[:second].count("done"), 3 * (3 + 3 * 2)
+        assert (done < all_done) if (schedule, overlap) == ("streamed", True) else (done == all_done)
     together = answer(engine, chat, CANDIDATES, prompts, 7, 256, judge=judge)
-    assert found["streamed"] == found["sequential"] == together
+    assert all(records == together for records in found.values())
 
 
 def test_judge_prompts_share_the_rubric_and_those_of_a_prompt_the_instruction(chat):

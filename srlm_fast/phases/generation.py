@@ -207,11 +207,16 @@ def candidates(run: Context, t: int) -> PhaseResult:
     engine = run.engine(run.weights(f"m{t}"))
     seed = derive_seed(config.seed, name)
     # A server is asked by the rank that writes the records alone.
-    judge = run.candidate_judge if run.world.leads_group or run.candidate_judge is run.judge else None
+    itself = run.candidate_judge is run.judge
+    options = {
+        "judge": run.candidate_judge if itself or run.world.leads_group else None,
+        # Ranks of a group begin a shard at the same step; what a server has judged only one of them knows.
+        "overlap": itself or run.world.group_size == 1,
+        "on_step": run.check_stop,
+    }
 
     def work(parts: Iterator[Sequence[dict[str, str]]]) -> Iterator[dict[str, Any]]:
-        limit, options = config.model.max_seq_len, config.candidates
-        return answer_parts(engine, run.chat, options, parts, seed, limit, judge=judge, on_step=run.check_stop)
+        return answer_parts(engine, run.chat, config.candidates, parts, seed, config.model.max_seq_len, **options)
 
     files = run.overlapping_shards(name, run.rows(f"m{t}/prompts.jsonl"), work)
     rows = shard_rows(run, name)
