@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from srlm_fast.native_ops import native_available
+from srlm_fast.native_ops import library_name, native_available
 
 IMPLEMENTATIONS = ("fused", "reference")
 
@@ -59,10 +59,19 @@ def define(
             two is for the CPU only, and its caller has another way where the C++ was not built.
         setup_context, backward: as `torch.library.register_autograd` wants them; an operator without them has no
             derivative.
+
+    Raises:
+        ImportError: when csrc/ was built from sources in which the operator has other arguments.
     """
     name = schema.partition("(")[0]
     native_available()  # loads csrc/, which registers its CPU versions
-    _LIBRARY.define(schema)
+    try:
+        _LIBRARY.define(schema)
+    except RuntimeError as error:
+        raise ImportError(
+            f"{library_name()} is of other sources than kernels/: its operator {name} has other arguments. "
+            "Build it again: python setup.py build_ext --inplace"
+        ) from error
     torch.library.register_fake(f"srlm::{name}", fake, lib=_LIBRARY)
     if torch_impl is not None:
         _LIBRARY.impl(name, torch_impl, "CompositeExplicitAutograd")

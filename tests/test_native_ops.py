@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -138,3 +140,11 @@ def test_one_warning_where_not_built(monkeypatch, tmp_path, content):
         assert "build_ext --inplace" in str(caught[0].message)
     finally:
         native_ops.native_available.cache_clear()
+
+
+def test_operators_of_other_sources_are_refused():
+    need_native()
+    code = "from srlm_fast.kernels import library; library.define('swiglu(Tensor x) -> Tensor', fake=None)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "its operator swiglu has other arguments. Build it again: python setup.py" in run.stderr
