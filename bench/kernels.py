@@ -6,7 +6,8 @@
 
 A time is one forward and backward (for AdamW one step): the median of alternating rounds, with the 20th and 80th
 percentile. `floor` is what the operator cannot avoid, timed in the same rounds: the three matrix products of an LM head
-by torch.mm, or a copy of as many bytes as must be read and written. Peers that are not installed are left out; install
+by torch.mm, the seven products of attention over as many keys as are seen, or a copy of as many bytes as must be read
+and written. Peers that are not installed are left out; install
 them with `pip install -e ".[bench]"`. Extra memory is the peak above what was allocated before, less the gradients that
 are left at the end, for ours and for peers.
 """
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srlm_fast.kernels import library
+from srlm_fast.kernels.attention import Segments, varlen_attention
 from srlm_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from srlm_fast.kernels.linear_logprob import linear_logprob
 from srlm_fast.kernels.optimizer import AdamW
@@ -42,6 +44,10 @@ CUDA_HEADS = [
 ]
 CPU_ROWS = [(4096, 128), (2048, 288), (2048, 1024)]
 CUDA_ROWS = [(8192, 4096), (8192, 5120), (8192, 8192)]
+CPU_HEAD_SHAPES, CUDA_HEAD_SHAPES = [(12, 12, 64), (32, 8, 64)], [(32, 32, 128), (32, 8, 128)]
+"""Heads of queries, heads of keys, head_dim."""
+BLOCK = 256
+"""Queries of which the floor of attention takes the products at a time; half of their own keys count as seen."""
 LITTLE, MUCH = 32 << 20, 2 << 30
 """chunk_bytes for an LM head on the CPU that is to use little memory, or may keep all unit gradients."""
 
@@ -130,6 +136,77 @@ def _head_errors(
         value = (out.detach().double() - exact.detach()).abs().max()
         errors[name] = f"{float(value):.0e}, dX {float((dx.double() - exact_dx).norm() / exact_dx.norm()):.0e}"
     return errors
+
+
+def attention_layouts(device: torch.device) -> dict[str, Segments]:
+    """Sequences of their own, and pairs whose responses share a prompt."""
+    scale = 8 if device.type == "cuda" else 1
+    starts, lengths, spans = [], [], []
+    for _ in range(5 * scale):
+        prompt = sum(lengths)
+        for n in (150, 120, 120):
+            start = sum(lengths)
+            spans.append([(start, n)] if start == prompt else [(prompt, 150), (start, n)])
+            starts.append(start)
+            lengths.append(n)
+    return {
+        f"{4 * scale} x 512": Segments.causal([512] * 4 * scale, device),
+        f"{scale} x 2048": Segments.causal([2048] * scale, device),
+        f"{5 * scale} pairs of 150 + 2 x 120": Segments(starts, lengths, spans, device),
+    }
+
+
+def attention_case(
+    layout: str, segments: Segments, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Case:
+    """Causal attention inside segments; the peer is torch's own for one segment after the other."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(n_heads: int) -> Tensor:
+        shape = (segments.n_tokens, n_heads, head_dim)
+        return torch.randn(*shape, device=device, generator=generator).to(dtype).requires_grad_()
+
+    q, k, v, upstream = randn(heads), randn(kv_heads), randn(kv_heads), randn(heads).detach()
+
+    def in_segments(*qkv: Tensor) -> Tensor:
+        return varlen_attention(*qkv, segments)
+
+    def plain(*qkv: Tensor) -> Tensor:
+        with library.using("reference"):
+            return in_segments(*qkv)
+
+    def results(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+        inputs = [x.detach().requires_grad_() for x in tensors[:-1]]
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs[:1], tensors[-1])]
+
+    functions = {"ours": in_segments, "SDPA, a segment after the other": plain}
+    y, dq = results(plain, *(x.double() for x in (q, k, v, upstream)))
+    errors = {}
+    for name, function in functions.items():
+        out, d_out = results(function, q, k, v, upstream)
+        error = float((out.double() - y).abs().max())
+        errors[name] = f"{error:.0e}, dq {float((d_out.double() - dq).norm() / dq.norm()):.0e}"
+    blocks = [
+        (randn(heads)[:rows].detach().transpose(0, 1), randn(heads)[:seen].detach().transpose(0, 1))
+        for n, m in zip(segments.q_lens, segments.k_lens)
+        for start in range(0, n, BLOCK)
+        for rows in [min(BLOCK, n - start)]
+        for seen in [m - n + start + rows // 2]
+    ]
+
+    def seven_products() -> None:
+        for queries, keys in blocks:
+            for _ in range(3):  # the scores, the same once more in the backward, the gradient of the probabilities
+                scores = queries @ keys.mT
+            for _ in range(2):  # y, dq
+                scores @ keys
+            for _ in range(2):  # dk, dv
+                scores.mT @ queries
+
+    runs = {name: forward_backward(f, [q, k, v], upstream) for name, f in functions.items()}
+    shape = f"{layout}, {heads} heads on {kv_heads} of {head_dim}"
+    return Case("attention", shape, runs, seven_products, errors)
 
 
 def copy_of(n_bytes: int, device: torch.device) -> measure.Run:
@@ -234,6 +311,12 @@ def cases(operators: list[str], dtypes: list[torch.dtype], device: torch.device)
                     case = head_case(operator, *shape, dtype, device)
                     case.shape += f" {str(dtype)[6:]}"
                     yield case
+    for layout, segments in attention_layouts(device).items() if wanted("attention") else ():
+        for shape in CUDA_HEAD_SHAPES if cuda else CPU_HEAD_SHAPES:
+            for dtype in dtypes:
+                case = attention_case(layout, segments, *shape, dtype, device)
+                case.shape += f" {str(dtype)[6:]}"
+                yield case
     for shape in CUDA_ROWS if cuda else CPU_ROWS:
         for dtype in dtypes:
             for case in row_cases(*shape, dtype, device):
