@@ -225,7 +225,7 @@ def test_read_rows(tmp_path):
 def test_rows_can_be_written_again(tmp_path):
     """Also a text that was cut in the middle of an emoji."""
     path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps({"whole": "\U0001f600", "cut": ["a\ud83d", "\udE00"], "text": "\\ud83d"}) + "\n")
+    path.write_text(json.dumps({"whole": "\U0001f600", "cut": ["a\ud83d", "\ude00"], "text": "\\ud83d"}) + "\n")
     rows = [row for _, row in read_rows(path)]
     assert rows == [{"whole": "\U0001f600", "cut": ["a\ufffd", "\ufffd"], "text": "\\ud83d"}]
     write_jsonl(path, rows)
