@@ -5,8 +5,8 @@ import pytest
 import torch
 import transformers
 import trl
-from datasets import Dataset
 from test_compat import KTO, PAIRS, hf_model
+from test_compat_trl import SFT, trainer_of
 
 from srlm_fast import compat
 from srlm_fast.adapters import options_of
@@ -14,34 +14,12 @@ from srlm_fast.config import LoraConfig
 from srlm_fast.errors import UserError
 from srlm_fast.lora import TARGETS, adapter_parameters
 
-SFT = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
-
 
 @pytest.fixture
 def tokenizer(bpe_folder):
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(bpe_folder)
     tokenizer.pad_token = "<|end|>"
     return tokenizer
-
-
-def trainer_of(source, name, model, rows, tokenizer, folder, peft_config=None, **settings):
-    """A trainer of `compat` or of `trl` with all rows in every step, so that their order does not matter."""
-    args = getattr(source, f"{name}Config")(
-        output_dir=str(folder),
-        learning_rate=1e-2,
-        max_steps=6,
-        warmup_steps=1,
-        per_device_train_batch_size=len(rows),
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        **settings,
-    )
-    options = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer, "peft_config": peft_config}
-    return getattr(source, f"{name}Trainer")(model=model, args=args, **options)
 
 
 def ids_of(tokenizer):
@@ -73,8 +51,9 @@ def test_losses_are_those_of_trl_with_peft(tokenizer, tmp_path, name, rows, opti
     """From the same adapters, and (options None) those of a model that PEFT has wrapped, whose reference has them."""
     config = None if options is None else peft.LoraConfig(**options)
     models = [wrapped(hf_model()) if options is None else hf_model() for _ in range(2)]
-    ours = trainer_of(compat, name, models[0], rows, tokenizer, tmp_path, config)
-    theirs = trainer_of(trl, name, models[1], rows, tokenizer, tmp_path, config)
+    keys = {"settings": {"learning_rate": 1e-2, "max_steps": 6}, "peft_config": config}
+    ours = trainer_of(compat, name, models[0], rows, tokenizer, tmp_path, **keys)
+    theirs = trainer_of(trl, name, models[1], rows, tokenizer, tmp_path, **keys)
     fresh = dict(theirs.model.named_parameters())
     trained = dict(adapter_parameters(ours.model))
     with torch.no_grad():

@@ -19,6 +19,24 @@ TEXTS = [{"text": row["prompt"] + row["chosen"]} for row in PAIRS]
 MESSAGES = [{"messages": chat(row)["prompt"] + chat(row)["completion"]} for row in SFT]
 
 
+def trainer_of(source, name, model, rows, tokenizer, folder, *, settings, **options):
+    """A trainer of `compat` or of `trl` with all rows in every step, so that their order does not matter."""
+    args = getattr(source, f"{name}Config")(
+        output_dir=str(folder),
+        warmup_steps=1,
+        per_device_train_batch_size=len(rows),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        **settings,
+    )
+    options |= {"train_dataset": datasets.Dataset.from_list(rows), "processing_class": tokenizer}
+    return getattr(source, f"{name}Trainer")(model=model, args=args, **options)
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "settings"),
     [
@@ -42,24 +60,8 @@ def test_losses_are_those_of_trl(bpe_folder, tmp_path, name, rows, settings):
         tokenizer.pad_token = "<|end|>"
         model = hf_model()
         reference = {"ref_model": copy.deepcopy(model)} if name != "SFT" else {}
-        args = getattr(source, f"{name}Config")(
-            output_dir=str(tmp_path),
-            learning_rate=3e-3,
-            max_steps=5,
-            warmup_steps=1,
-            per_device_train_batch_size=len(rows),
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            **settings,
-        )
-        data = datasets.Dataset.from_list(rows)
-        trainer = getattr(source, f"{name}Trainer")(
-            model=model, args=args, train_dataset=data, processing_class=tokenizer, **reference
-        )
+        steps = {"learning_rate": 3e-3, "max_steps": 5, **settings}
+        trainer = trainer_of(source, name, model, rows, tokenizer, tmp_path, settings=steps, **reference)
         trainer.train()
         history.append([row for row in trainer.state.log_history if "loss" in row])
     ours, theirs = history
