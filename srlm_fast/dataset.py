@@ -138,7 +138,7 @@ def read_items(
             data.items.append(item)
     _stop_if(data, on_bad_row)
     if not data.items:
-        files = source if _are_paths(source) else [source] if isinstance(source, (str, Path)) else ["the data"]
+        files = source if are_paths(source) else [source] if isinstance(source, (str, Path)) else ["the data"]
         raise UserError(
             f"no row of {', '.join(map(str, files))} can be trained on: {data.summary()}; an item has at most "
             f"{max_length} tokens of a prompt with one response, and {max_tokens} in all"
@@ -179,7 +179,7 @@ def _rows(source: Any) -> Iterator[tuple[str, Any]]:
         yield from (_parquet(path) if path.suffix == ".parquet" else read_rows(path))
     elif isinstance(source, Mapping):
         raise UserError(f"several data sets ({', '.join(map(str, source))}) where one is needed; name one of them")
-    elif _are_paths(source):
+    elif are_paths(source):
         for part in source:
             yield from _rows(part)
     elif hasattr(source, "columns") and hasattr(source, "to_dict"):  # pandas
@@ -194,7 +194,8 @@ def _rows(source: Any) -> Iterator[tuple[str, Any]]:
             yield f"rows[{index}]", row
 
 
-def _are_paths(source: Any) -> bool:
+def are_paths(source: Any) -> bool:
+    """Whether a data set is a list of files."""
     return isinstance(source, (list, tuple)) and bool(source) and all(isinstance(part, (str, Path)) for part in source)
 
 

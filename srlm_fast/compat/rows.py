@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from srlm_fast.chat import TemplateFormat
-from srlm_fast.dataset import COUNTS, Data, TextFormat, read_items
+from srlm_fast.dataset import COUNTS, Data, TextFormat, are_paths, read_items
 from srlm_fast.errors import UserError
 from srlm_fast.losses import Objective
 from srlm_fast.packing import Item
@@ -122,9 +122,7 @@ class Reader:
 
 
 def _are_files(rows: Any) -> bool:
-    return isinstance(rows, (str, Path)) or (
-        isinstance(rows, (list, tuple)) and rows and isinstance(rows[0], (str, Path))
-    )
+    return isinstance(rows, (str, Path)) or are_paths(rows)
 
 
 def _single(rows: Any) -> Any:
